@@ -1,0 +1,29 @@
+PYTHON ?= python3
+
+run: .venv/installed
+	.venv/bin/python train_sft.py
+	.venv/bin/python train_dpo.py
+
+test: .venv/installed
+	.venv/bin/python -m pytest
+
+lint: .venv/installed-dev
+	.venv/bin/ruff check .
+	.venv/bin/ruff format --check .
+
+figures: .venv/installed-dev
+	.venv/bin/python experiments/curves.py
+
+.venv/installed: requirements.txt
+	@command -v $(PYTHON) > /dev/null || { echo "$(PYTHON) is not installed: install Python 3.11 or newer"; exit 1; }
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+	    { echo "$(PYTHON) is too old: install Python 3.11 or newer, then make PYTHON=python3.11"; exit 1; }
+	@$(PYTHON) -m venv .venv || { echo "Python's venv is missing: on Debian, apt install python3-venv"; exit 1; }
+	.venv/bin/python -m pip install --quiet --disable-pip-version-check -r requirements.txt
+	@touch $@
+
+.venv/installed-dev: .venv/installed requirements-dev.txt
+	.venv/bin/python -m pip install --quiet --disable-pip-version-check -r requirements-dev.txt
+	@touch $@
+
+.PHONY: run test lint figures

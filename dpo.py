@@ -1,0 +1,75 @@
+"""The mathematics of Direct Preference Optimization (Rafailov et al. 2023, arXiv:2305.18290).
+
+Every function takes tensors, never a model: what is here can be checked with pen and paper.
+
+    name here                          paper        meaning
+    prompt, chosen, rejected           x, y_w, y_l  a question, the preferred response, the other
+    policy, reference                  π_θ, π_ref   the model being trained; the frozen SFT model
+    beta                               β            strength of the tether to the reference in Eq. 3
+    *_logps                            log π(y|x)   summed over the response's tokens, in nats
+    chosen_rewards, rejected_rewards   r̂            β log(π_θ/π_ref): Eq. 5 without its β log Z(x)
+    margins                            r̂_w − r̂_l    what the sigmoid of Eq. 7 sees
+
+Departures of this repository from the paper: preference labels are sampled from Eq. 1, where the
+paper's controlled experiment (§6.1) labels by its classifier without noise; the optimizer is SGD
+with momentum where the paper has RMSprop (the README measures why); models and data are toys.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def sequence_logps(logits: Tensor, ids: Tensor, mask: Tensor) -> Tensor:
+    """log π(y|x) of every row: a sum over the response's tokens, never a mean.
+
+    logits (B, T, V), ids (B, T) int64, mask (B, T) bool, True on the tokens to score -> (B,),
+    float32, or float64 for float64 logits. A token that is not scored may be any valid id.
+    """
+    assert mask.dtype == torch.bool and ids.shape == mask.shape == logits.shape[:2]
+    if logits.dtype != torch.float64:
+        logits = logits.float()  # bfloat16 keeps 8 bits: too few for a sum over a sequence
+    # The shift by one: the logits at position t predict the token at t + 1.
+    logits, targets, scored = logits[:, :-1], ids[:, 1:], mask[:, 1:]
+    token_logps = F.log_softmax(logits, dim=-1)  # (B, T-1, V)
+    token_logps = token_logps.gather(2, targets[:, :, None])[:, :, 0]  # (B, T-1)
+    return (token_logps * scored).sum(dim=1)  # (B,)
+
+
+def dpo_loss(
+    policy_chosen_logps: Tensor,
+    policy_rejected_logps: Tensor,
+    ref_chosen_logps: Tensor,
+    ref_rejected_logps: Tensor,
+    beta: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Eq. 7 for every pair: −log σ(r̂_w − r̂_l), the surprise of its label under Eq. 6.
+
+    Four log-probabilities (B,) -> (losses, chosen_rewards, rejected_rewards), (B,) each, without
+    reduction; the rewards are detached, for logging.
+    """
+    chosen_rewards = beta * (policy_chosen_logps - ref_chosen_logps)
+    rejected_rewards = beta * (policy_rejected_logps - ref_rejected_logps)
+    losses = -F.logsigmoid(chosen_rewards - rejected_rewards)
+    return losses, chosen_rewards.detach(), rejected_rewards.detach()
+
+
+def preference_probability(chosen_rewards: Tensor, rejected_rewards: Tensor) -> Tensor:
+    """Eq. 1, Bradley-Terry: p(y_w ≻ y_l | x) from rewards; with implicit rewards it is Eq. 6."""
+    return torch.sigmoid(chosen_rewards - rejected_rewards)
+
+
+def objective(reward: Tensor, kl: Tensor, beta: float) -> Tensor:
+    """Eq. 3: J = E[r] − β KL(π‖π_ref), what RLHF maximises and DPO's optimum attains."""
+    return reward - beta * kl
+
+
+def optimal_logps(ref_logps: Tensor, rewards: Tensor, beta: float) -> tuple[Tensor, Tensor]:
+    """Eq. 4: the best possible policy, π*(y|x) = π_ref(y|x) exp(r(x, y)/β) / Z(x).
+
+    ref_logps and rewards (..., N) over all N responses to a prompt (their probabilities sum to one)
+    -> (log π* (..., N), log Z (...)). The objective at π* is β log Z(x).
+    """
+    scores = ref_logps + rewards / beta
+    log_z = scores.logsumexp(dim=-1)  # the partition function Z(x), below Eq. 4
+    return scores - log_z[..., None], log_z

@@ -1,0 +1,140 @@
+"""What a policy is worth: fresh samples, their true reward and KL, and the optimum beside them.
+
+Loss and accuracy are computed on pairs that the reference wrote; they cannot see what the policy
+says by itself. What is measured here can.
+"""
+
+import sys
+
+import torch
+from tqdm import tqdm
+
+import data
+import dpo
+
+
+def progress(items, label):
+    """A tqdm bar on a terminal, silence in a file."""
+    return tqdm(items, desc=label, disable=not sys.stderr.isatty(), leave=False)
+
+
+def sample_responses(model, tokenizer, prompts, config, label):
+    """One response a prompt -> (ids, mask) examples, and texts, None for a response cut off."""
+    end, examples, texts = tokenizer.eot_token, [], []
+    generator = torch.Generator(model.wte.weight.device).manual_seed(config.seed)
+    for start in progress(range(0, len(prompts), 1024), label):
+        chunk = [tokenizer.encode_ordinary(prompt) for prompt in prompts[start : start + 1024]]
+        room = model.config.block_size - max(map(len, chunk))
+        limit = min(config.max_new_tokens, room)
+        for prompt, reply in zip(chunk, model.generate(chunk, end, limit, generator=generator)):
+            examples.append(data.join_ids(prompt, reply))
+            texts.append(tokenizer.decode(reply[:-1]) if reply[-1] == end else None)
+    return examples, texts
+
+
+@torch.no_grad()
+def response_logps(model, examples, pad, label="log-probabilities"):
+    """log π(y|x) of (ids, mask) examples, in batches of like length -> (N,), on the CPU."""
+    device = model.wte.weight.device
+    order = sorted(range(len(examples)), key=lambda i: len(examples[i][0]))
+    logps = torch.empty(len(examples))
+    for start in progress(range(0, len(order), 512), label):
+        rows = order[start : start + 512]
+        ids, mask = (t.to(device) for t in data.collate([examples[i] for i in rows], pad))
+        logps[rows] = dpo.sequence_logps(model(ids), ids, mask).cpu()
+    return logps
+
+
+def fresh_samples(policy, reference, tokenizer, prompts, config):
+    """One new sample a prompt -> texts, and log π_θ/π_ref (N,), whose mean is the KL divergence."""
+    examples, texts = sample_responses(policy, tokenizer, prompts, config, "fresh samples")
+    policy_logps, ref_logps = (
+        response_logps(model, examples, tokenizer.eot_token) for model in (policy, reference)
+    )
+    return texts, policy_logps - ref_logps
+
+
+def true_reward(prompt, text):
+    return data.UNPARSED if text is None else data.reward(prompt, text)
+
+
+def exact_reference(reference, tokenizer, questions):
+    """Every response of the grammar, and all other texts as one more: they score −3 alike.
+
+    -> log π_ref and true rewards, each (Q, N + 1) float64; the probabilities of a row sum to one.
+    """
+    examples = [data.encode(tokenizer, q, r) for q in questions for r in data.responses(q)]
+    logps = response_logps(reference, examples, tokenizer.eot_token, "every response").double()
+    logps = logps.view(len(questions), -1)  # (Q, N)
+    rest = 1 - logps.exp().sum(dim=1, keepdim=True)  # (Q, 1)
+    logps = torch.cat([logps, rest.clamp(min=1e-12).log()], dim=1)  # (Q, N + 1)
+    rewards = [[*data.responses(q).values(), data.UNPARSED] for q in questions]
+    return logps, torch.tensor(rewards, dtype=torch.float64)
+
+
+def measure(policy, reference, tokenizer, questions, config):
+    """True reward and KL by question, (Q,) each, of {"reference", "policy", "optimum"}; a bracket.
+
+    The reference's and the optimum's are sums over all responses (Eq. 4), the policy's are means of
+    config.eval_samples fresh samples a question. The bracket is how far the optimum's objective
+    moves if the texts outside the grammar are left out of Z(x).
+    """
+    logps, rewards = exact_reference(reference, tokenizer, questions)
+    best_logps, log_z = dpo.optimal_logps(logps, rewards, config.beta)
+    best = best_logps.exp()  # (Q, N + 1)
+    _, log_z_listed = dpo.optimal_logps(logps[:, :-1], rewards[:, :-1], config.beta)
+    prompts = [question for question in questions for _ in range(config.eval_samples)]
+    texts, log_ratios = fresh_samples(policy, reference, tokenizer, prompts, config)
+    scores = torch.tensor([true_reward(p, t) for p, t in zip(prompts, texts)])
+    shape = len(questions), config.eval_samples
+    rows = {
+        "reference": ((logps.exp() * rewards).sum(1), torch.zeros_like(log_z)),
+        "policy": (scores.view(shape).double().mean(1), log_ratios.view(shape).double().mean(1)),
+        "optimum": ((best * rewards).sum(1), (best * (best_logps - logps)).sum(1)),
+    }
+    return rows, config.beta * (log_z - log_z_listed).mean().item()
+
+
+def summarise(rows, beta, resamples=1000):
+    """rows of measure() -> {row: {metric: mean, metric_se: error}}, bootstrapped over questions."""
+    rewards, kls = (torch.stack(column) for column in zip(*rows.values()))  # (3, Q) each
+
+    def table(index):  # which questions, (..., Q) -> metric by row (4, 3, ...)
+        reward, kl = rewards[:, index].mean(-1), kls[:, index].mean(-1)
+        j = dpo.objective(reward, kl, beta)
+        return torch.stack([reward, kl, j, (j - j[0]) / (j[2] - j[0])])
+
+    count = rewards.shape[1]
+    draws = torch.randint(count, (resamples, count), generator=torch.Generator().manual_seed(0))
+    means, errors = table(torch.arange(count)), table(draws).std(-1)
+    summary = {row: {} for row in rows}
+    for i, metric in enumerate(("reward", "kl", "objective", "optimality")):
+        for j, row in enumerate(rows):
+            summary[row] |= {metric: means[i, j].item(), f"{metric}_se": errors[i, j].item()}
+    return summary
+
+
+def print_table(title, summary, bracket):
+    print(f"\n{title:<20}E[reward]      KL(π‖π_ref)     J = E[r] − βKL     optimality")
+    names = {"reference": "reference", "policy": "DPO", "optimum": "optimum, Eq. 4"}
+    for row, v in summary.items():
+        print(
+            f"{names[row]:<16}{v['reward']:6.3f} ± {v['reward_se']:.3f}  {v['kl']:6.3f} ± "
+            f"{v['kl_se']:.3f}   {v['objective']:6.3f} ± {v['objective_se']:.3f}   "
+            f"{v['optimality']:7.1%} ± {v['optimality_se']:.1%}"
+        )
+    print(f"± one standard error. Texts outside the grammar move the optimum's J by {bracket:.0e}.")
+
+
+def print_answers(reference, policy, tokenizer, prompts, config):
+    """A sample before and one after, from the same random numbers; in the village with rewards."""
+    before, after = (
+        sample_responses(model, tokenizer, prompts, config, "answers")[1]
+        for model in (reference, policy)
+    )
+    print("\nBefore and after" + ", true rewards in front" * (prompts[0] in data.QUESTIONS))
+    for prompt, *texts in zip(prompts, before, after):
+        print(f"  {prompt}")
+        for label, text in zip(("before", "after "), texts):
+            score = f"{true_reward(prompt, text):+.0f}" if prompt in data.QUESTIONS else ""
+            print(f"    {label} {score} {'(cut off)' if text is None else text}")

@@ -1,0 +1,179 @@
+"""A transformer with the architecture of GPT-2 (Radford et al. 2019): policy and reference alike.
+
+Shapes, here and in every file:
+    B batch    T tokens of a sequence    C n_embd    H n_head    D = C / H    V vocab_size
+
+There is no dropout. DPO compares log π_θ(y|x) with log π_ref(y|x), which must differ by what was
+learnt and by nothing else: noise in either is noise in the margin, and would hide ln 2 at step 0.
+"""
+
+import os
+from dataclasses import asdict, dataclass
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+
+@dataclass
+class GPTConfig:
+    vocab_size: int
+    block_size: int = 128  # longest sequence in tokens: positions are learnt, so there are no more
+    n_layer: int = 2
+    n_head: int = 4
+    n_embd: int = 128
+
+
+class CausalSelfAttention(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        assert config.n_embd % config.n_head == 0, "n_embd must be a multiple of n_head"
+        self.n_head = config.n_head
+        self.qkv = nn.Linear(config.n_embd, 3 * config.n_embd)
+        self.proj = nn.Linear(config.n_embd, config.n_embd)
+
+    def forward(self, x, mask=None, cache=None):
+        B, T, C = x.shape
+        heads = self.qkv(x).view(B, T, 3, self.n_head, C // self.n_head)
+        q, k, v = heads.permute(2, 0, 3, 1, 4)  # each (B, H, T, D)
+        if cache is not None:  # generate() feeds only new tokens: the old ones' k and v are kept
+            k = cache["k"] = torch.cat([cache["k"], k], dim=2)
+            v = cache["v"] = torch.cat([cache["v"], v], dim=2)
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None)
+        return self.proj(y.transpose(1, 2).reshape(B, T, C))  # (B, T, C)
+
+
+class Block(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.ln_1 = nn.LayerNorm(config.n_embd)
+        self.attn = CausalSelfAttention(config)
+        self.ln_2 = nn.LayerNorm(config.n_embd)
+        self.mlp = nn.Sequential(
+            nn.Linear(config.n_embd, 4 * config.n_embd),
+            nn.GELU(approximate="tanh"),  # as in GPT-2
+            nn.Linear(4 * config.n_embd, config.n_embd),
+        )
+
+    def forward(self, x, mask=None, cache=None):
+        x = x + self.attn(self.ln_1(x), mask, cache)
+        return x + self.mlp(self.ln_2(x))
+
+
+class GPT(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.config = config
+        self.wte = nn.Embedding(config.vocab_size, config.n_embd)
+        self.wpe = nn.Embedding(config.block_size, config.n_embd)
+        self.blocks = nn.ModuleList(Block(config) for _ in range(config.n_layer))
+        self.ln_f = nn.LayerNorm(config.n_embd)
+        self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
+        self.lm_head.weight = self.wte.weight  # weight tying
+        for name, weight in self.named_parameters():
+            if weight.dim() == 2:
+                # GPT-2's 0.02 suits a width of 768; a narrow model learns far faster from 0.08.
+                nn.init.normal_(weight, std=0.02 if config.n_embd >= 512 else 0.08)
+            elif name.endswith("bias"):
+                nn.init.zeros_(weight)
+
+    def hidden(self, ids, positions=None, mask=None, caches=None):
+        """The states before the last projection: ids (B, T) -> (B, T, C).
+
+        Without a mask, token t sees tokens 0..t. The other arguments are generate()'s.
+        """
+        if positions is None:
+            positions = torch.arange(ids.shape[1], device=ids.device)
+        if ids.shape[1] > self.config.block_size:
+            raise ValueError(
+                f"{ids.shape[1]} tokens do not fit the block size of {self.config.block_size}"
+            )
+        x = self.wte(ids) + self.wpe(positions)  # (B, T, C)
+        for i, block in enumerate(self.blocks):
+            x = block(x, mask, caches[i] if caches else None)
+        return self.ln_f(x)  # (B, T, C)
+
+    def forward(self, ids):
+        """ids (B, T) -> logits (B, T, V) at every position: [:, t] predicts token t + 1."""
+        return self.lm_head(self.hidden(ids))
+
+    @torch.no_grad()
+    def generate(self, prompts, end, max_new_tokens, temperature=1.0, generator=None):
+        """Sample one response to each prompt.
+
+        prompts: B lists of token ids, of any lengths >= 1. Returns B lists of new ids. `end`, the
+        end-of-text id, closes a response and is part of it; a response without it was cut off at
+        max_new_tokens. Temperature 0 takes the likeliest token. generator: a torch.Generator on the
+        model's device. Raises ValueError where a response could outgrow the block size.
+        """
+        longest = max(map(len, prompts))
+        if longest + max_new_tokens > self.config.block_size:
+            raise ValueError(
+                f"a prompt of {longest} tokens and {max_new_tokens} new ones do not fit "
+                f"the block size of {self.config.block_size}"
+            )
+        ids, real, positions = self._align(prompts, end)  # each (B, T)
+        causal = torch.ones(longest, longest, dtype=torch.bool, device=ids.device).tril()
+        mask = causal & real[:, None, :]  # (B, T, T)
+        mask |= torch.eye(longest, dtype=torch.bool, device=ids.device)  # an empty softmax is NaN
+        empty = self.wte.weight.new_empty(
+            len(prompts), self.config.n_head, 0, self.config.n_embd // self.config.n_head
+        )
+        caches = [{"k": empty, "v": empty} for _ in self.blocks]
+        responses = [[] for _ in prompts]
+        rows = list(range(len(prompts)))  # which prompts are still being answered
+        mask = mask[:, None]  # (B, 1, T, T): the same for all heads
+        for _ in range(max_new_tokens):
+            logits = self.lm_head(self.hidden(ids, positions, mask, caches)[:, -1])  # (B, V)
+            ids = sample(logits, temperature, generator)  # (B, 1)
+            for row, token in zip(rows, ids[:, 0].tolist()):
+                responses[row].append(token)
+            open_rows = (ids[:, 0] != end).nonzero()[:, 0]
+            if len(open_rows) < len(rows):  # drop finished rows, and with them their work
+                rows = [rows[i] for i in open_rows.tolist()]
+                ids, real, positions = ids[open_rows], real[open_rows], positions[open_rows]
+                caches = [{name: kept[open_rows] for name, kept in c.items()} for c in caches]
+            if not rows:
+                break
+            real = torch.cat([real, torch.ones_like(real[:, :1])], dim=1)  # (B, T so far)
+            mask = real[:, None, None]  # (B, 1, 1, T so far): a new token sees every real one
+            positions = positions[:, -1:] + 1  # (B, 1)
+        return responses
+
+    def _align(self, prompts, pad):
+        """Pad prompts on the left, so that all rows grow at the same end: ids, real, positions."""
+        longest = max(map(len, prompts))
+        padded = [[pad] * (longest - len(prompt)) + list(prompt) for prompt in prompts]
+        ids = torch.tensor(padded, device=self.wte.weight.device)  # (B, T)
+        start = longest - torch.tensor([len(p) for p in prompts], device=ids.device)[:, None]
+        positions = torch.arange(longest, device=ids.device) - start  # (B, T): 0 where it starts
+        return ids, positions >= 0, positions.clamp(min=0)
+
+
+def sample(logits, temperature, generator=None):
+    """One token from each row: logits (B, V) -> (B, 1)."""
+    if temperature == 0:
+        return logits.argmax(dim=-1, keepdim=True)
+    if logits.dtype != torch.float64:
+        logits = logits.float()
+    return torch.multinomial(F.softmax(logits / temperature, dim=-1), 1, generator=generator)
+
+
+def save(path, model, **extra):
+    """Write a plain dict that rebuilds the model anywhere; never leaves half a file at `path`."""
+    state = {"config": asdict(model.config), "weights": model.state_dict(), **extra}
+    torch.save(state, f"{path}.tmp")
+    os.replace(f"{path}.tmp", path)
+
+
+def load(path, device="cpu"):
+    """-> (model in eval mode, the whole dict). Raises ValueError where the file is not ours."""
+    try:
+        state = torch.load(path, map_location=device, weights_only=True)
+        model = GPT(GPTConfig(**state["config"])).to(device)
+        model.load_state_dict(state["weights"])
+    except FileNotFoundError:
+        raise
+    except Exception as error:  # truncated, foreign, of another version: torch raises many kinds
+        raise ValueError(f"{path} is not a whole checkpoint of this project") from error
+    return model.eval(), state
