@@ -256,17 +256,21 @@ def text_of(record: dict, field: str) -> str:
 def read_jsonl(path: str, fields: tuple, tokenizer, block_size: int, skip_bad=False) -> list[tuple]:
     """Every line's texts, in the order of `fields`: a prompt first, then its responses.
 
-    A bad line stops the run with file, line number and reason, or with skip_bad is counted and left
-    out. Without a tokenizer lengths are not checked.
+    A bad line ends the run with file, line number and reason, or with skip_bad is counted and
+    left out.
     """
+    try:
+        with open(path, "rb") as file:
+            lines = file.readlines()
+    except OSError as error:
+        raise SystemExit(f"cannot read {path}: {error.strerror}")
     good, bad = [], []
-    with open(path, "rb") as lines:
-        for number, line in enumerate(lines, 1):
-            try:
-                if line.strip():
-                    good.append(check_line(line, fields, tokenizer, block_size))
-            except (ValueError, RecursionError) as error:
-                bad.append(f"{path}, line {number}: {error}")
+    for number, line in enumerate(lines, 1):
+        try:
+            if line.strip():
+                good.append(check_line(line, fields, tokenizer, block_size))
+        except (ValueError, RecursionError) as error:
+            bad.append(f"{path}, line {number}: {error}")
     if bad and not skip_bad:
         raise SystemExit(f"{bad[0]}; bad lines: {len(bad)}. Mend them, or pass --skip-bad")
     if not good:
@@ -288,7 +292,7 @@ def check_line(line: bytes, fields: tuple, tokenizer, block_size: int) -> tuple:
     if len(set(rest)) < len(rest):
         raise ValueError('"chosen" equals "rejected"')
     for field, response in zip(fields[1:], rest):
-        length = len(encode(tokenizer, prompt, response)[0]) if tokenizer else 0
+        length = len(encode(tokenizer, prompt, response)[0])
         if length > block_size:
             raise ValueError(f'prompt and "{field}" take {length} tokens, the model {block_size}')
     return texts

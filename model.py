@@ -151,7 +151,9 @@ class GPT(nn.Module):
 
 
 def sample(logits, temperature, generator=None):
-    """One token from each row: logits (B, V) -> (B, 1)."""
+    """One token from each row: logits (B, V) -> (B, 1). Raises FloatingPointError on NaN or inf."""
+    if not logits.isfinite().all():
+        raise FloatingPointError("the model's logits are not finite")
     if temperature == 0:
         return logits.argmax(dim=-1, keepdim=True)
     if logits.dtype != torch.float64:

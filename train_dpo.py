@@ -38,6 +38,7 @@ class Config:
     epochs: int = 1
     batch_size: int = 64  # pairs a step
     max_new_tokens: int = 24
+    eval_questions: int = 120  # at most, of each held-out set
     eval_samples: int = 20  # a question
     device: str = "auto"
     dtype: str = "float32"  # bfloat16 autocasts the forward pass
@@ -88,6 +89,8 @@ def sample_pairs(reference, tokenizer, config):
         f"{config.num_pairs} pairs sampled: {unusable} with equal, empty or cut-off responses left "
         f"out; {changed / len(texts):.2%} of the samples are other tokens when read back from text"
     )
+    if not pairs:
+        raise SystemExit("none is left: fine-tune longer, until the model ends its responses")
     return pairs
 
 
@@ -119,7 +122,8 @@ def noise_limits(pairs):
     )
     p = dpo.preference_probability(chosen, rejected)  # (N,)
     entropy = torch.special.entr(p) + torch.special.entr(1 - p)
-    return torch.maximum(p, 1 - p).mean().item(), entropy.mean().item()
+    accuracy = torch.maximum(p, 1 - p).mean().item()
+    return {"best_loss": entropy.mean().item(), "best_accuracy": accuracy}
 
 
 def prepare_pairs(reference, tokenizer, pairs):
@@ -164,7 +168,7 @@ def train_step(policy, optimizer, ids, mask, ref_chosen, ref_rejected, beta, los
     loss.backward()
     grad_norm = torch.nn.utils.get_total_norm([p.grad for p in policy.parameters()])
     if not (loss + grad_norm).isfinite():
-        raise FloatingPointError(f"loss {loss.item()}, gradient norm {grad_norm.item()}")
+        raise FloatingPointError(f"loss {loss.item()}, norm of its gradient {grad_norm.item()}")
     optimizer.step()
     return {"loss": loss.detach(), **metrics, "grad_norm": grad_norm}
 
@@ -183,10 +187,7 @@ def train(policy, pairs, steps, config, pad, loss_fn=dpo_losses):
         examples = [chosen[i] for i in rows] + [rejected[i] for i in rows]
         batch = *data.collate(examples, pad), ref_chosen[rows], ref_rejected[rows]
         batch = [tensor.to(device) for tensor in batch]
-        try:
-            metrics = train_step(policy, optimizer, *batch, config.beta, loss_fn)
-        except FloatingPointError as error:
-            raise SystemExit(f"step {step}: {error}; try a smaller --lr. The last save is kept.")
+        metrics = train_step(policy, optimizer, *batch, config.beta, loss_fn)
         yield {name: value.item() for name, value in metrics.items()} | {"lr": lr}
 
 
@@ -196,26 +197,32 @@ def run(policy, pairs, config, pad, probe, save, loss_fn=dpo_losses):
     Every step's metrics, and the probes', are a line of dpo.jsonl.
     """
     steps = max(1, config.epochs * len(pairs[0]) // config.batch_size)
-    bar, recent = evaluate.progress(range(1, steps + 1), "DPO"), []
+    bar, recent, step = evaluate.progress(range(1, steps + 1), "DPO"), [], 0
     with open(os.path.join(config.out, "dpo.jsonl"), "w") as log:
-        for step, metrics in zip(bar, train(policy, pairs, steps, config, pad, loss_fn)):
-            if step == 1:
-                check_first_loss(metrics["loss"])
-            recent = [*recent[-49:], metrics]
-            loss, margin, accuracy = (
-                sum(m[name] for m in recent) / len(recent)
-                for name in ("loss", "rewards/margins", "rewards/accuracies")
+        try:
+            for step, metrics in zip(bar, train(policy, pairs, steps, config, pad, loss_fn)):
+                if step == 1:
+                    check_first_loss(metrics["loss"])
+                recent = [*recent[-49:], metrics]
+                line = average(recent, ("loss", "rewards/margins", "rewards/accuracies"))
+                bar.set_postfix_str(line, refresh=False)
+                if step % max(1, steps // 10) == 0:
+                    fresh = probe()
+                    save()
+                    bar.write(f"step {step:4}/{steps}  {line}  {average([fresh], fresh)}")
+                    metrics |= fresh
+                log.write(json.dumps({"step": step, **metrics}) + "\n")
+        except FloatingPointError as error:
+            raise SystemExit(
+                f"after step {step}: {error}; try a smaller --lr. What was saved before is kept"
             )
-            line = f"loss {loss:.3f}  margin {margin:.2f}  accuracy {accuracy:.3f}"
-            bar.set_postfix_str(line, refresh=False)
-            if step % max(1, steps // 10) == 0:
-                fresh = probe()
-                metrics |= fresh
-                save()
-                fresh = "  ".join(f"{name} {value:.3f}" for name, value in fresh.items())
-                bar.write(f"step {step:4}/{steps}  {line}  {fresh}")
-            log.write(json.dumps({"step": step, **metrics}) + "\n")
     save()
+
+
+def average(recent, names):
+    """The means of some metrics over the last steps, as text."""
+    means = {name: sum(metrics[name] for metrics in recent) / len(recent) for name in names}
+    return "  ".join(f"{name} {mean:.3f}" for name, mean in means.items())
 
 
 def check_first_loss(loss):
@@ -231,7 +238,7 @@ def check_first_loss(loss):
 
 def village_probe(policy, reference, tokenizer, config):
     """What loss and accuracy do not show, on four fresh samples a held-out question."""
-    prompts = 4 * data.split_questions()[1]
+    prompts = 4 * data.split_questions()[1][: config.eval_questions]
     texts, log_ratios = evaluate.fresh_samples(policy, reference, tokenizer, prompts, config)
     rewards = [evaluate.true_reward(p, text) for p, text in zip(prompts, texts)]
     garbled = [text not in data.responses(p) for p, text in zip(prompts, texts)]
@@ -264,6 +271,7 @@ def own_probe(policy, reference, tokenizer, held_out, prepared, config):
 
 def village_report(policy, reference, tokenizer, config):
     _, held_out, never = data.split_questions()
+    held_out, never = held_out[: config.eval_questions], never[: config.eval_questions]
     evaluate.print_answers(reference, policy, tokenizer, held_out[:8], config)
     reports = []
     for title, questions in (("held-out questions", held_out), ("facts never asked", never)):
@@ -295,8 +303,8 @@ def main():
     else:
         pairs = sample_pairs(reference, tokenizer, config)
         write_pairs(f"{config.out}/pairs.jsonl", pairs)
-        accuracy, loss = noise_limits(pairs)
-        print(f"labels this noisy allow at best: loss {loss:.3f}, accuracy {accuracy:.3f}")
+        limits = noise_limits(pairs)
+        print("labels this noisy allow at best:", average([limits], limits))
     lap("pairs")
     prepared = prepare_pairs(reference, tokenizer, pairs)
     lap("reference log-probabilities")
@@ -315,7 +323,7 @@ def main():
         report = probe()
         print("\nheld out:", *(f"{name} {value:.3f}" for name, value in report.items()), sep="  ")
     else:
-        report = village_report(policy, reference, tokenizer, config)
+        report = village_report(policy, reference, tokenizer, config) | {"pairs": limits}
     lap("measuring")
     report |= {"seconds": seconds, "config": vars(config), "seed": config.seed}
     with open(f"{config.out}/dpo.json.tmp", "w") as file:

@@ -61,8 +61,9 @@ def read_config(cls, script):
         value, may_be_zero = getattr(config, field.name), field.name in ("seed", "momentum")
         if field.type in (int, float) and not (0 < value < math.inf or may_be_zero and value == 0):
             refuse(f"--{field.name.replace('_', '-')} must be positive, not {value}")
-    if config.dtype not in ("float32", "bfloat16"):
-        refuse(f"--dtype must be float32 or bfloat16, not {config.dtype}")
+    for name, known in (("dtype", ("float32", "bfloat16")), ("optimizer", ("sgd", "adamw"))):
+        if getattr(config, name, known[0]) not in known:
+            refuse(f"--{name} must be {' or '.join(known)}, not {getattr(config, name)}")
     return config
 
 
@@ -123,9 +124,11 @@ def schedule(step, steps):
     return 0.5 + 0.5 * math.cos(math.pi * (step - warmup) / (steps - warmup))
 
 
-def train(model, draw, steps, lr, device, label):
+def train(model, draw, steps, lr, weight_decay, device, label):
     """AdamW; draw() gives a batch -> the mean loss of the last 50."""
-    optimizer = torch.optim.AdamW(model.parameters(), lr=lr, betas=(0.9, 0.95), weight_decay=0.1)
+    optimizer = torch.optim.AdamW(
+        model.parameters(), lr=lr, betas=(0.9, 0.95), weight_decay=weight_decay
+    )
     recent = []
     bar = progress(range(steps), label)
     for step in bar:
@@ -169,8 +172,9 @@ def village_texts(config):
     """-> (stories, held-out stories, demonstrations, held-out demonstrations)."""
     train_questions, held_out, _ = data.split_questions()
     unseen = -1 - config.seed  # a seed that no run trains on
+    tokens = config.pretrain_steps * (config.batch_size // 2 or 1) * config.context
     return (
-        data.stories(20_000, config.seed),
+        data.stories(200 + tokens // 35, config.seed),  # of some 37 tokens: enough for one epoch
         data.stories(500, unseen),
         data.demonstrations(train_questions, config.steps * config.batch_size, config.seed),
         data.demonstrations(held_out, 1000, unseen),
@@ -182,6 +186,8 @@ def own_corpus(path):
     try:
         with open(path, encoding="utf-8") as file:
             text = file.read()
+    except OSError as error:
+        raise SystemExit(f"cannot read {path}: {error.strerror}")
     except UnicodeDecodeError as error:
         raise SystemExit(f"{path}: not UTF-8 at byte {error.start}")
     border = len(text) * 9 // 10
@@ -232,7 +238,9 @@ def main():
         ids = rows[next(order)]
         return ids, torch.ones_like(ids, dtype=torch.bool)
 
-    loss = train(model, draw_rows, config.pretrain_steps, config.pretrain_lr, device, "pretrain")
+    loss = train(
+        model, draw_rows, config.pretrain_steps, config.pretrain_lr, 0.1, device, "pretrain"
+    )
     held = mean_loss(model, held_rows, torch.ones_like(held_rows, dtype=torch.bool), device)
     print(f"pretrained: loss {loss:.3f}, held out {held:.3f} nats a token")
     gpt.save(os.path.join(config.out, "pretrained.pt"), model, tokens=tokens)
@@ -244,7 +252,7 @@ def main():
     def draw_examples():
         return data.collate([examples[i] for i in next(picks)], tokenizer.eot_token)
 
-    loss = train(model, draw_examples, config.steps, config.lr, device, "fine-tune")
+    loss = train(model, draw_examples, config.steps, config.lr, 0, device, "fine-tune")
     held_batch = data.collate([data.encode(tokenizer, *d) for d in held_demos], tokenizer.eot_token)
     held = mean_loss(model, *held_batch, device)
     print(f"fine-tuned: loss {loss:.3f}, held out {held:.3f}")

@@ -160,8 +160,8 @@ def test_kl_of_the_optimum_falls_as_beta_grows():
 
 @pytest.mark.parametrize("shift", [0.0, 3.0])
 def test_minimising_the_population_loss_arrives_at_the_optimum(shift):
-    """The theorem of the paper, by gradient descent: every pair of a tabular policy's responses,
-    weighted with the probability of its label under r + f(x), has the π* of Eq. 4 as its minimum."""
+    """What the paper proves, by descent: on every pair of a tabular policy's responses, weighted
+    with the probability of its label under r + f(x), the loss is least at the π* of Eq. 4."""
     beta = 0.5
     ref_logps, rewards = F.log_softmax(random_logits(5), -1), random_logits(5, seed=1)
     pairs = torch.tensor(list(itertools.permutations(range(5), 2)))  # (20, 2): chosen, rejected
@@ -189,7 +189,7 @@ def test_minimising_the_population_loss_arrives_at_the_optimum(shift):
 
 
 def loop_logps(logits, ids, mask):
-    """The definition, a token at a time: log p of each scored token under the position before it."""
+    """The definition, token by token: log p of each scored one under the position before it."""
     totals = []
     for row_logits, row_ids, row_mask in zip(logits, ids.tolist(), mask.tolist()):
         total = 0.0

@@ -1,0 +1,95 @@
+"""The README's picture and its tables, from what train_dpo.py wrote.
+
+python experiments/curves.py                        assets/curves.svg from out/
+python experiments/curves.py out/0 out/1 out/2 ...   the picture of the first run, and the mean and
+                                                    standard deviation over all runs
+"""
+
+import json
+import os
+import statistics
+import sys
+from pathlib import Path
+
+import matplotlib.pyplot as plt
+
+BLUE, ORANGE, GREY = "#0072b2", "#d55e00", "#777777"  # told apart by the colour-blind, and in print
+
+
+def read_run(folder):
+    """-> (metrics of every step, the report)."""
+    try:
+        lines = (Path(folder) / "dpo.jsonl").read_text().splitlines()
+        report = json.loads((Path(folder) / "dpo.json").read_text())
+    except FileNotFoundError as error:
+        raise SystemExit(f"there is no {error.filename}: run train_dpo.py --out {folder} first")
+    return [json.loads(line) for line in lines], report
+
+
+def plot(axis, steps, name, color, label, smooth=20):
+    """A metric over the steps that have it: every value faintly, the mean of the last 20 boldly."""
+    x, y = zip(*[(line["step"], line[name]) for line in steps if name in line])
+    means = [statistics.fmean(y[max(0, i - smooth + 1) : i + 1]) for i in range(len(y))]
+    axis.plot(x, y, color=color, alpha=0.25, linewidth=0.7)
+    axis.plot(x, means, color=color, linewidth=1.8, label=label)
+
+
+def draw(steps, report, path):
+    figure, axes = plt.subplots(1, 4, figsize=(14, 3.2), layout="constrained")
+    plot(axes[0], steps, "rewards/margins", BLUE, "margin")
+    axes[0].set(title="implicit reward margin", ylabel="r̂(chosen) − r̂(rejected)")
+    plot(axes[1], steps, "rewards/accuracies", BLUE, "accuracy")
+    if "pairs" in report:
+        best = report["pairs"]["best_accuracy"]
+        axes[1].axhline(best, color=GREY, linestyle="--", label="best that noisy labels allow")
+    axes[1].set(title="accuracy on training pairs", ylabel="share of pairs", ylim=(0.4, 0.9))
+    plot(axes[2], steps, "logps/chosen", BLUE, "chosen")
+    plot(axes[2], steps, "logps/rejected", ORANGE, "rejected")
+    axes[2].set(title="log-probabilities", ylabel="log π(y|x), nats")
+    plot(axes[3], steps, "fresh/reward", BLUE, "true reward E[r]", smooth=1)
+    plot(axes[3], steps, "fresh/kl", ORANGE, "KL to the reference, nats", smooth=1)
+    axes[3].axhline(
+        report["optimum"]["reward"], color=BLUE, linestyle=":", label="E[r] of the optimum"
+    )
+    axes[3].axhline(report["optimum"]["kl"], color=ORANGE, linestyle=":", label="KL of the optimum")
+    axes[3].set(title="fresh samples, held-out questions", ylim=(0, 3))
+    for axis in axes:
+        axis.set_xlabel("step")
+        axis.legend(frameon=False, fontsize=8)
+        axis.spines[["top", "right"]].set_visible(False)
+    os.makedirs(path.parent, exist_ok=True)
+    figure.savefig(path, metadata={"Date": None})
+    print(f"wrote {path}")
+
+
+def spread(reports, part, row, metric):
+    values = [(report if part is None else report[part])[row][metric] for report in reports]
+    deviation = statistics.stdev(values) if len(values) > 1 else 0.0
+    if metric == "optimality":
+        return f"{statistics.fmean(values):.1%} ± {deviation:.1%}"
+    return f"{statistics.fmean(values):.3f} ± {deviation:.3f}"
+
+
+def print_tables(reports):
+    """Mean ± standard deviation over runs, as Markdown."""
+    names = {"reference": "reference", "policy": "DPO", "optimum": "optimum, Eq. 4"}
+    for part, title in ((None, "held-out questions"), ("never_asked", "facts never asked")):
+        print(f"\n| {title} | E[reward] | KL(π‖π_ref) | J = E[r] − βKL | optimality |")
+        print("|---|---|---|---|---|")
+        for row, name in names.items():
+            metrics = ("reward", "kl", "objective", "optimality")
+            cells = [spread(reports, part, row, metric) for metric in metrics]
+            print(f"| {name} |", " | ".join(cells), "|")
+    each = ", ".join(f"{report['policy']['optimality']:.3f}" for report in reports)
+    print(f"\noptimality of each run: {each}")
+
+
+def main():
+    folders = sys.argv[1:] or ["out"]
+    runs = [read_run(folder) for folder in folders]
+    draw(*runs[0], Path(__file__).parent.parent / "assets" / "curves.svg")
+    print_tables([report for _, report in runs])
+
+
+if __name__ == "__main__":
+    main()

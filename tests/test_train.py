@@ -1,0 +1,383 @@
+"""The pipeline: labels, training, measurement, and the command lines at toy size."""
+
+import copy
+import json
+import math
+import signal
+import subprocess
+import sys
+from collections import defaultdict
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+import data
+import dpo
+import evaluate
+import model as gpt
+import train_dpo
+import train_sft
+
+ROOT = Path(__file__).parent.parent
+TOY_SFT = [
+    "--pretrain-steps=3",
+    "--steps=30",
+    "--lr=0.02",
+    "--n-embd=16",
+    "--n-layer=1",
+    "--n-head=2",
+]
+TOY_DPO = ["--num-pairs=48", "--batch-size=8", "--eval-questions=2", "--eval-samples=3"]
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return data.train_tokenizer(data.every_word(), data.VOCAB_SIZE)
+
+
+@pytest.fixture(autouse=True)
+def little_text(monkeypatch):
+    """Loops over many small batches are faster on one thread."""
+    torch.set_num_threads(1)
+
+
+# --- A reference that is known exactly ----------------------------------------------------------
+
+
+class KnownReference:
+    """A stand-in for a model: it gives each response of the grammar the probability 0.9 x (a share
+    that grows with its place in the list), and says " Good!" one time in ten."""
+
+    config = SimpleNamespace(block_size=64)
+    wte = SimpleNamespace(weight=torch.zeros(1))
+
+    def __init__(self, tokenizer, questions):
+        self.end, self.replies, self.weights = tokenizer.eot_token, {}, {}
+        self.next = defaultdict(lambda: torch.full((tokenizer.n_vocab,), 1e-30).double())
+        for question in questions:
+            texts = [*data.responses(question), " Good!"]
+            share = torch.arange(1, len(texts), dtype=torch.float64)
+            weights = torch.cat([0.9 * share / share.sum(), torch.tensor([0.1])])
+            prompt = tuple(tokenizer.encode_ordinary(question))
+            replies = [data.encode(tokenizer, "", text)[0] for text in texts]
+            self.replies[prompt], self.weights[prompt] = replies, weights
+            for reply, weight in zip(replies, weights):
+                for i, token in enumerate(reply):
+                    self.next[prompt + tuple(reply[:i])][token] += weight
+
+    def __call__(self, ids):
+        prefixes = [[tuple(row[: t + 1]) for t in range(len(row))] for row in ids.tolist()]
+        p = torch.stack([torch.stack([self.next[prefix] for prefix in row]) for row in prefixes])
+        return p.log().float()
+
+    def generate(self, prompts, end, limit, generator=None):
+        return [
+            self.replies[tuple(p)][
+                torch.multinomial(self.weights[tuple(p)], 1, generator=generator)
+            ]
+            for p in prompts
+        ]
+
+
+@pytest.fixture(scope="module")
+def known(tokenizer):
+    train, held_out, _ = data.split_questions()
+    return KnownReference(tokenizer, [train[0], held_out[0]])
+
+
+def test_brute_force_agrees_with_the_known_reference_and_with_sampling(known, tokenizer):
+    beta, question = 2.0, data.split_questions()[1][0]
+    logps, rewards = evaluate.exact_reference(known, tokenizer, [question])
+    (weights,) = (
+        w for p, w in known.weights.items() if p == tuple(tokenizer.encode_ordinary(question))
+    )
+    assert logps[0].exp().tolist() == pytest.approx(weights.tolist(), rel=1e-4, abs=1e-8)
+    assert rewards[0, -1] == -3 and rewards[0, :-1].tolist() == [*data.responses(question).values()]
+    # Z(x) = E_ref[exp(r/β)]: with β = 2 no single response dominates, and sampling works too.
+    config = SimpleNamespace(seed=0, max_new_tokens=24)
+    _, texts = evaluate.sample_responses(known, tokenizer, [question] * 4000, config, "")
+    terms = torch.tensor([math.exp(evaluate.true_reward(question, t) / beta) for t in texts])
+    _, log_z = dpo.optimal_logps(logps, rewards, beta)
+    error = terms.std() / math.sqrt(len(terms))
+    assert abs(terms.mean() - log_z.exp()) < 4 * error and error < 0.02 * terms.mean()
+
+
+def test_measure_gives_a_policy_that_is_the_reference_its_exact_reward_and_no_kl(known, tokenizer):
+    question = data.split_questions()[1][0]
+    config = SimpleNamespace(seed=1, max_new_tokens=24, eval_samples=4000, beta=0.5)
+    rows, bracket = evaluate.measure(known, known, tokenizer, [question], config)
+    weights = known.weights[tuple(tokenizer.encode_ordinary(question))]
+    rewards = torch.tensor([*data.responses(question).values(), -3.0], dtype=torch.float64)
+    exact = (weights * rewards).sum()
+    assert rows["reference"][0].item() == pytest.approx(exact.item(), abs=1e-5)
+    assert rows["policy"][1].item() == rows["reference"][1].item() == 0
+    spread = (weights * (rewards - exact) ** 2).sum().sqrt() / math.sqrt(4000)
+    assert abs(rows["policy"][0] - exact) < 4 * spread
+    best = weights * (rewards / 0.5).exp()
+    assert rows["optimum"][0].item() == pytest.approx(
+        (best / best.sum() * rewards).sum().item(), abs=1e-5
+    )
+    assert 0 < bracket < 1e-3
+
+
+def test_labels_follow_bradley_terry(known, tokenizer, monkeypatch):
+    """Of pairs whose rewards differ by d, the better one is chosen a share σ(d) of the time."""
+    question = data.split_questions()[0][0]
+    monkeypatch.setattr(data, "split_questions", lambda: ([question], [], []))
+    config = SimpleNamespace(seed=0, max_new_tokens=24, num_pairs=6000)
+    wins = defaultdict(list)
+    for prompt, chosen, rejected in train_dpo.sample_pairs(known, tokenizer, config):
+        gap = data.reward(prompt, chosen) - data.reward(prompt, rejected)
+        wins[abs(gap)].append(gap > 0)
+    for gap in (1, 2, 3):
+        p, n = 1 / (1 + math.exp(-gap)), len(wins[gap])
+        assert n > 300 and abs(sum(wins[gap]) / n - p) < 4 * math.sqrt(p * (1 - p) / n)
+
+
+def test_noise_limits_by_hand():
+    """One pair with equal rewards (a coin: ln 2, ½), one two apart (p = σ(2) = 0.88080)."""
+    prompt, truth = "What does Mara do for work?", f" Mara is a {data.TRUTH['Mara', 'job']}."
+    good, same, bad = f" Gladly!{truth}", f"{truth} Have fun!", f" Ugh.{truth}"
+    limits = train_dpo.noise_limits([(prompt, good, same), (prompt, bad, good)])
+    p = 0.8807970780
+    assert limits["best_accuracy"] == pytest.approx((0.5 + p) / 2)
+    entropy = (math.log(2) - p * math.log(p) - (1 - p) * math.log(1 - p)) / 2
+    assert limits["best_loss"] == pytest.approx(entropy)
+
+
+def test_summary_by_hand():
+    """Two questions, β = 0.5: optimality is a ratio of means, (1.25 − 0.5)/(2 − 0.5) = ½."""
+    zero = torch.zeros(2, dtype=torch.float64)
+    rows = {
+        "reference": (torch.tensor([0.0, 1.0]).double(), zero),
+        "policy": (torch.tensor([2.0, 1.5]).double(), torch.tensor([1.0, 1.0]).double()),
+        "optimum": (torch.tensor([3.0, 2.0]).double(), torch.tensor([1.0, 1.0]).double()),
+    }
+    summary = evaluate.summarise(rows, beta=0.5, resamples=4000)
+    policy = summary["policy"]
+    assert (policy["reward"], policy["kl"], policy["objective"]) == (1.75, 1.0, 1.25)
+    assert policy["optimality"] == pytest.approx(0.5)
+    assert summary["reference"]["optimality"] == 0 and summary["optimum"]["optimality"] == 1
+    # The mean of two draws from {2, 1.5} has the standard deviation 0.25/√2.
+    assert policy["reward_se"] == pytest.approx(0.25 / math.sqrt(2), rel=0.05)
+
+
+# --- Training -----------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def setup(tokenizer):
+    torch.manual_seed(0)
+    reference = gpt.GPT(gpt.GPTConfig(tokenizer.n_vocab, 64, n_layer=2, n_head=2, n_embd=16)).eval()
+    reference.requires_grad_(False)
+    train, *_ = data.split_questions()
+    pairs = [(q, *[*data.responses(q)][3 * i : 3 * i + 2]) for i, q in enumerate(train[:20])]
+    config = train_dpo.Config(batch_size=8, lr=0.01, beta=0.5)
+    return reference, train_dpo.prepare_pairs(reference, tokenizer, pairs), config
+
+
+def test_the_reference_has_no_gradient_and_does_not_move_by_a_bit(setup, tokenizer):
+    reference, pairs, config = setup
+    before = copy.deepcopy(reference.state_dict())
+    policy = copy.deepcopy(reference).requires_grad_(True)
+    metrics = list(train_dpo.train(policy, pairs, 5, config, tokenizer.eot_token))
+    assert metrics[0]["loss"] == pytest.approx(math.log(2), abs=1e-6)
+    assert all(torch.equal(value, before[name]) for name, value in reference.state_dict().items())
+    assert all(p.grad is None and not p.requires_grad for p in reference.parameters())
+    assert any(not torch.equal(v, before[name]) for name, v in policy.state_dict().items())
+
+
+def test_logged_rewards_are_against_the_frozen_reference(setup, tokenizer):
+    """After some steps, every metric recomputed from scratch, the reference run live."""
+    reference, pairs, config = setup
+    policy = copy.deepcopy(reference).requires_grad_(True)
+    states, metrics = [], []
+    for line in train_dpo.train(policy, pairs, 4, config, tokenizer.eot_token):
+        metrics.append(line)
+        states.append(copy.deepcopy(policy))
+    rows = list(data.batches(20, 8, 4, config.seed))[3]
+    ids, mask = data.collate([pairs[0][i] for i in rows] + [pairs[1][i] for i in rows], 0)
+    logps = dpo.sequence_logps(states[2](ids), ids, mask)
+    gain = 0.5 * (logps - dpo.sequence_logps(reference(ids), ids, mask))
+    margins = gain[:8] - gain[8:]
+    assert metrics[3]["rewards/chosen"] == pytest.approx(gain[:8].mean().item(), abs=1e-5)
+    assert metrics[3]["rewards/rejected"] == pytest.approx(gain[8:].mean().item(), abs=1e-5)
+    assert metrics[3]["rewards/margins"] == pytest.approx(margins.mean().item(), abs=1e-5)
+    assert metrics[3]["rewards/accuracies"] == (margins > 0).float().mean().item()
+    assert metrics[3]["logps/chosen"] == pytest.approx(logps[:8].mean().item(), abs=1e-4)
+    assert metrics[3]["loss"] == pytest.approx((1 + (-margins).exp()).log().mean().item(), abs=1e-5)
+    assert margins.mean() > 0.01
+
+
+def test_precomputed_reference_logps_equal_live_ones(setup):
+    reference, (chosen, rejected, ref_chosen, ref_rejected), _ = setup
+    for examples, logps in ((chosen, ref_chosen), (rejected, ref_rejected)):
+        for example, logp in zip(examples, logps):
+            ids, mask = data.collate([example], 0)
+            live = dpo.sequence_logps(reference(ids), ids, mask)
+            assert live.item() == pytest.approx(logp.item(), abs=1e-5, rel=1e-6)
+
+
+def test_one_step_raises_the_margin_of_its_pairs(setup):
+    reference, (chosen, rejected, ref_chosen, ref_rejected), config = setup
+    policy = copy.deepcopy(reference).requires_grad_(True)
+    optimizer = torch.optim.SGD(policy.parameters(), config.lr)
+    ids, mask = data.collate(chosen + rejected, 0)
+    batch = ids, mask, ref_chosen, ref_rejected, config.beta
+    first = train_dpo.train_step(policy, optimizer, *batch)
+    second = train_dpo.train_step(policy, optimizer, *batch)
+    assert first["rewards/margins"] == pytest.approx(0, abs=1e-5)
+    assert second["rewards/margins"] > 0.001 and second["loss"] < first["loss"]
+
+
+# --- The command lines --------------------------------------------------------------------------
+
+
+def command(script, *flags, check=True):
+    run = subprocess.run(
+        [sys.executable, "-W", "error", script, *flags], cwd=ROOT, capture_output=True, text=True
+    )
+    assert not check or run.returncode == 0, run.stderr
+    return run
+
+
+@pytest.fixture(scope="module")
+def village(tmp_path_factory):
+    out = tmp_path_factory.mktemp("village")
+    sft = command("train_sft.py", "--out", str(out), *TOY_SFT)
+    return out, sft, command("train_dpo.py", "--out", str(out), *TOY_DPO)
+
+
+def test_the_pipeline_on_the_village(village):
+    out, sft, run = village
+    assert {"pretrained.pt", "sft.pt", "pairs.jsonl", "dpo.pt", "dpo.jsonl", "dpo.json"} == {
+        path.name for path in out.iterdir()
+    }
+    assert "held out" in sft.stdout and "never asked" in sft.stdout
+    assert "loss at step 0: 0.6931 (ln 2)" in run.stdout and "optimum, Eq. 4" in run.stdout
+    assert not run.stderr  # bars are quiet when the output is no terminal
+    report = json.loads((out / "dpo.json").read_text())
+    for part in (report, report["never_asked"]):
+        for row in ("reference", "policy", "optimum"):
+            for name in ("reward", "kl", "objective", "optimality"):
+                assert math.isfinite(part[row][name]) and part[row][f"{name}_se"] >= 0
+    assert report["seed"] == report["config"]["seed"] == 0 and report["seconds"]["training"] > 0
+    lines = [json.loads(line) for line in (out / "dpo.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == [*range(1, len(lines) + 1)]
+    assert "fresh/garbled" in lines[-1] and "fresh/kl" in lines[-1] and "lr" in lines[0]
+
+
+def test_the_same_seed_gives_the_same_metrics_and_another_seed_others(village, tmp_path):
+    out, *_ = village
+    for seed, same in (("0", True), ("1", False)):
+        flags = ["--init", str(out / "sft.pt"), "--out", str(tmp_path), "--seed", seed, *TOY_DPO]
+        command("train_dpo.py", *flags)
+        again = (tmp_path / "dpo.jsonl").read_bytes() == (out / "dpo.jsonl").read_bytes()
+        assert again == same
+
+
+def test_the_pipeline_on_somebodys_own_text_and_pairs(tmp_path):
+    words = "the cat sat on a mat and the dog ran to an old red barn with two hens".split()
+    (tmp_path / "my.txt").write_text(" ".join(words * 40))
+    (tmp_path / "my.jsonl").write_text(
+        "\n".join(json.dumps({"prompt": f"the {w}?", "response": " a cat"}) for w in words)
+    )
+    (tmp_path / "pairs.jsonl").write_text(
+        "\n".join(
+            json.dumps({"prompt": f"the {w}?", "chosen": " a cat", "rejected": " a dog ran"})
+            for w in words
+        )
+    )
+    corpus, sft, pairs, out = (
+        str(tmp_path / n) for n in ("my.txt", "my.jsonl", "pairs.jsonl", "out")
+    )
+    command(
+        "train_sft.py", "--corpus", corpus, "--sft", sft, "--out", out, "--vocab-size=270", *TOY_SFT
+    )
+    run = command("train_dpo.py", "--pairs", pairs, "--out", out, *TOY_DPO)
+    assert "held-out/accuracy" in run.stdout and "E[reward]" not in run.stdout
+    report = json.loads((tmp_path / "out" / "dpo.json").read_text())
+    assert {"held-out/loss", "held-out/accuracy", "fresh/kl", "fresh/cut-off"} <= {*report}
+
+
+def refusal(capsys, monkeypatch, module, *flags):
+    monkeypatch.setattr(sys, "argv", [module.__name__ + ".py", *flags])
+    with pytest.raises(SystemExit) as stop:
+        module.main()
+    message = str(stop.value)
+    assert "\n" not in message
+    return message
+
+
+@pytest.mark.parametrize(
+    "flags, message",
+    [
+        (["--beat=1"], "unrecognized arguments: --beat=1"),
+        (["--be=1"], "unrecognized arguments"),
+        (["--beta=x"], "invalid float value: 'x'"),
+        (["--beta=0"], "--beta must be positive, not 0.0"),
+        (["--beta=-1"], "--beta must be positive"),
+        (["--beta=nan"], "--beta must be positive, not nan"),
+        (["--lr=inf"], "--lr must be positive"),
+        (["--batch-size=0"], "--batch-size must be positive, not 0"),
+        (["--epochs=0"], "--epochs must be positive"),
+        (["--optimizer=adam"], "--optimizer must be sgd or adamw, not adam"),
+        (["--dtype=int8"], "--dtype must be float32 or bfloat16, not int8"),
+        (["--device=tpu9"], "--device tpu9 is not available here"),
+        (["--out=/dev/null/x"], "cannot write to --out /dev/null/x"),
+        (["--init=nowhere.pt"], "there is no nowhere.pt: run `python train_sft.py` first"),
+        (["--init=README.md"], "README.md is not a whole checkpoint"),
+    ],
+)
+def test_a_mistake_ends_the_run_in_one_line(capsys, monkeypatch, tmp_path, flags, message):
+    flags = [f"--out={tmp_path}", *flags]
+    assert message in refusal(capsys, monkeypatch, train_dpo, *flags)
+
+
+def test_own_text_without_own_answers_is_refused(capsys, monkeypatch, tmp_path):
+    flags = ["--corpus=my.txt", f"--out={tmp_path}"]
+    assert "go together" in refusal(capsys, monkeypatch, train_sft, *flags)
+
+
+def test_a_bad_pairs_file_stops_before_any_work(village, capsys, monkeypatch, tmp_path):
+    pairs = tmp_path / "pairs.jsonl"
+    pairs.write_text('{"prompt": "a"}\n')
+    flags = [f"--init={village[0] / 'sft.pt'}", f"--out={tmp_path}", f"--pairs={pairs}"]
+    message = refusal(capsys, monkeypatch, train_dpo, *flags)
+    assert f'{pairs}, line 1: no "chosen"' in message
+    assert [path.name for path in tmp_path.iterdir()] == ["pairs.jsonl"]
+    flags[-1] = "--pairs=nowhere.jsonl"
+    assert "nowhere.jsonl" in refusal(capsys, monkeypatch, train_dpo, *flags)
+
+
+def test_a_loss_that_is_not_finite_stops_and_keeps_the_last_good_weights(village, tmp_path):
+    flags = ["--init", str(village[0] / "sft.pt"), "--out", str(tmp_path), "--lr=1e30", *TOY_DPO]
+    run = command("train_dpo.py", *flags, check=False)
+    assert run.returncode == 1 and run.stderr.startswith("after step 1: ")
+    assert run.stderr.count("\n") == 1
+    kept, _ = gpt.load(tmp_path / "dpo.pt")
+    assert all(p.isfinite().all() for p in kept.parameters())
+
+
+def test_ctrl_c_leaves_whole_files_and_one_line(village, tmp_path):
+    flags = [
+        "--init",
+        str(village[0] / "sft.pt"),
+        "--out",
+        str(tmp_path),
+        "--epochs=10000",
+        *TOY_DPO,
+    ]
+    process = subprocess.Popen(
+        [sys.executable, "-u", "train_dpo.py", *flags],
+        cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    while "step 0" not in process.stdout.readline():
+        assert process.poll() is None
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 1 and "Traceback" not in errors
+    assert errors.strip() == "interrupted; the files already written are whole"
+    assert len((tmp_path / "pairs.jsonl").read_text().splitlines()) > 40
