@@ -32,7 +32,7 @@ class Config:
     skip_bad: bool = False  # count bad lines and go on
     num_pairs: int = 24_000  # to sample, where no file is given
     beta: float = 0.5
-    lr: float = 4e-3
+    lr: float = 6e-3
     optimizer: str = "sgd"  # or adamw
     momentum: float = 0.9  # of sgd
     epochs: int = 1

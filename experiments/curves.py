@@ -39,9 +39,8 @@ def draw(steps, report, path):
     plot(axes[0], steps, "rewards/margins", BLUE, "margin")
     axes[0].set(title="implicit reward margin", ylabel="r̂(chosen) − r̂(rejected)")
     plot(axes[1], steps, "rewards/accuracies", BLUE, "accuracy")
-    if "pairs" in report:
-        best = report["pairs"]["best_accuracy"]
-        axes[1].axhline(best, color=GREY, linestyle="--", label="best that noisy labels allow")
+    best = report["pairs"]["best_accuracy"]
+    axes[1].axhline(best, color=GREY, linestyle="--", label="best that noisy labels allow")
     axes[1].set(title="accuracy on training pairs", ylabel="share of pairs", ylim=(0.4, 0.9))
     plot(axes[2], steps, "logps/chosen", BLUE, "chosen")
     plot(axes[2], steps, "logps/rejected", ORANGE, "rejected")
@@ -62,33 +61,54 @@ def draw(steps, report, path):
     print(f"wrote {path}")
 
 
-def spread(reports, part, row, metric):
-    values = [(report if part is None else report[part])[row][metric] for report in reports]
-    deviation = statistics.stdev(values) if len(values) > 1 else 0.0
-    if metric == "optimality":
-        return f"{statistics.fmean(values):.1%} ± {deviation:.1%}"
-    return f"{statistics.fmean(values):.3f} ± {deviation:.3f}"
+def mean_and_deviation(values, style):
+    deviation = statistics.stdev(values) if len(values) > 1 else 0
+    return f"{statistics.fmean(values):{style}} ± {deviation:{style}}"
 
 
-def print_tables(reports):
+def print_optimum_tables(reports):
     """Mean ± standard deviation over runs, as Markdown."""
-    names = {"reference": "reference", "policy": "DPO", "optimum": "optimum, Eq. 4"}
-    for part, title in ((None, "held-out questions"), ("never_asked", "facts never asked")):
+    parts = {
+        "held-out questions": reports,
+        "facts never asked": [report["never_asked"] for report in reports],
+    }
+    rows = {"reference": "reference", "policy": "DPO", "optimum": "optimum, Eq. 4"}
+    styles = {"reward": ".3f", "kl": ".3f", "objective": ".3f", "optimality": ".1%"}
+    for title, part in parts.items():
         print(f"\n| {title} | E[reward] | KL(π‖π_ref) | J = E[r] − βKL | optimality |")
         print("|---|---|---|---|---|")
-        for row, name in names.items():
-            metrics = ("reward", "kl", "objective", "optimality")
-            cells = [spread(reports, part, row, metric) for metric in metrics]
+        for row, name in rows.items():
+            cells = [
+                mean_and_deviation([report[row][metric] for report in part], style)
+                for metric, style in styles.items()
+            ]
             print(f"| {name} |", " | ".join(cells), "|")
-    each = ", ".join(f"{report['policy']['optimality']:.3f}" for report in reports)
-    print(f"\noptimality of each run: {each}")
+
+
+def print_runs(folders, runs):
+    """What the pairs show (the last 50 steps) beside what fresh samples show, a run a line."""
+    print("\n| run | loss | accuracy | garbled | E[r] | KL | optimality |")
+    print("|---|---|---|---|---|---|---|")
+    for folder, (steps, report) in zip(folders, runs):
+        loss, accuracy = (
+            statistics.fmean(line[name] for line in steps[-50:])
+            for name in ("loss", "rewards/accuracies")
+        )
+        garbled = [line["fresh/garbled"] for line in steps if "fresh/garbled" in line][-1]
+        policy = report["policy"]
+        print(
+            f"| {Path(folder).name} | {loss:.3f} | {accuracy:.3f} | {garbled:.1%} "
+            f"| {policy['reward']:.2f} | {policy['kl']:.2f} "
+            f"| {policy['optimality']:.1%} ± {policy['optimality_se']:.1%} |"
+        )
 
 
 def main():
     folders = sys.argv[1:] or ["out"]
     runs = [read_run(folder) for folder in folders]
     draw(*runs[0], Path(__file__).parent.parent / "assets" / "curves.svg")
-    print_tables([report for _, report in runs])
+    print_optimum_tables([report for _, report in runs])
+    print_runs(folders, runs)
 
 
 if __name__ == "__main__":
