@@ -11,8 +11,10 @@ lint: .venv/installed-dev
 	.venv/bin/ruff check .
 	.venv/bin/ruff format --check .
 
+RUNS ?= out
+
 figures: .venv/installed-dev
-	.venv/bin/python experiments/curves.py
+	.venv/bin/python experiments/curves.py $(RUNS)
 
 .venv/installed: requirements.txt
 	@command -v $(PYTHON) > /dev/null || { echo "$(PYTHON) is not installed: install Python 3.11 or newer"; exit 1; }

@@ -171,6 +171,8 @@ def train_tokenizer(text: str, vocab_size: int) -> tiktoken.Encoding:
     Raises ValueError where the text has too few words for that many merges.
     """
     words = sorted(set(re.findall(PATTERN, text)))
+    if vocab_size < 256:
+        raise ValueError("fewer than 256 tokens, one for each byte")
     try:
         ranks = bpe_train("\n".join(words), vocab_size, PATTERN, visualise=None)
     except ValueError:  # each word of several letters gives at least one merge
@@ -257,7 +259,7 @@ def read_jsonl(path: str, fields: tuple, tokenizer, block_size: int, skip_bad=Fa
     """Every line's texts, in the order of `fields`: a prompt first, then its responses.
 
     A bad line ends the run with file, line number and reason, or with skip_bad is counted and
-    left out.
+    left out. Without a tokenizer, lengths are not checked yet.
     """
     try:
         with open(path, "rb") as file:
@@ -275,7 +277,7 @@ def read_jsonl(path: str, fields: tuple, tokenizer, block_size: int, skip_bad=Fa
         raise SystemExit(f"{bad[0]}; bad lines: {len(bad)}. Mend them, or pass --skip-bad")
     if not good:
         raise SystemExit(f"{path}: no usable line among {len(bad)} bad ones")
-    if bad:
+    if bad and tokenizer:
         print(f"{path}: {len(bad)} bad lines left out, the first: {bad[0]}")
     return good
 
@@ -292,10 +294,19 @@ def check_line(line: bytes, fields: tuple, tokenizer, block_size: int) -> tuple:
     if len(set(rest)) < len(rest):
         raise ValueError('"chosen" equals "rejected"')
     for field, response in zip(fields[1:], rest):
-        length = len(encode(tokenizer, prompt, response)[0])
+        length = len(encode(tokenizer, prompt, response)[0]) if tokenizer else 0
         if length > block_size:
             raise ValueError(f'prompt and "{field}" take {length} tokens, the model {block_size}')
     return texts
+
+
+def hold_out(rows: list[tuple], path: str) -> tuple[list[tuple], list[tuple]]:
+    """-> (rows to train on, rows held out: those of every tenth prompt). A prompt is row[0]."""
+    prompts = list(dict.fromkeys(row[0] for row in rows))
+    if len(prompts) < 2:
+        raise SystemExit(f"{path}: one prompt is too few, since one in every ten is held out")
+    kept_back = set(prompts[1::10])
+    return tuple([row for row in rows if (row[0] in kept_back) == held] for held in (False, True))
 
 
 def main():

@@ -11,8 +11,9 @@ Every function takes tensors, never a model: what is here can be checked with pe
     margins                            r̂_w − r̂_l    what the sigmoid of Eq. 7 sees
 
 Departures of this repository from the paper: preference labels are sampled from Eq. 1, where the
-paper's controlled experiment (§6.1) labels by its classifier without noise; the optimizer is SGD
-with momentum where the paper has RMSprop (the README measures why); models and data are toys.
+paper's controlled sentiment experiment (§6) labels by its classifier without noise; the optimizer
+is SGD with momentum and a cosine decay where the paper has RMSprop (the README measures why);
+models and data are toys.
 """
 
 import torch
@@ -33,7 +34,7 @@ def sequence_logps(logits: Tensor, ids: Tensor, mask: Tensor) -> Tensor:
     logits, targets, scored = logits[:, :-1], ids[:, 1:], mask[:, 1:]
     token_logps = F.log_softmax(logits, dim=-1)  # (B, T-1, V)
     token_logps = token_logps.gather(2, targets[:, :, None])[:, :, 0]  # (B, T-1)
-    return (token_logps * scored).sum(dim=1)  # (B,)
+    return token_logps.masked_fill(~scored, 0).sum(dim=1)  # (B,)
 
 
 def dpo_loss(
@@ -54,13 +55,13 @@ def dpo_loss(
     return losses, chosen_rewards.detach(), rejected_rewards.detach()
 
 
-def preference_probability(chosen_rewards: Tensor, rejected_rewards: Tensor) -> Tensor:
-    """Eq. 1, Bradley-Terry: p(y_w ≻ y_l | x) from rewards; with implicit rewards it is Eq. 6."""
-    return torch.sigmoid(chosen_rewards - rejected_rewards)
+def preference_probability(rewards: Tensor, other_rewards: Tensor) -> Tensor:
+    """Eq. 1, Bradley-Terry: p(y ≻ y' | x) from two rewards; from implicit ones it is Eq. 6."""
+    return torch.sigmoid(rewards - other_rewards)
 
 
 def objective(reward: Tensor, kl: Tensor, beta: float) -> Tensor:
-    """Eq. 3: J = E[r] − β KL(π‖π_ref), what RLHF maximises and DPO's optimum attains."""
+    """Eq. 3: J = E[r] − β KL(π‖π_ref), what RLHF maximises. Eq. 4 attains the maximum."""
     return reward - beta * kl
 
 

@@ -19,13 +19,15 @@ def progress(items, label):
 
 
 def sample_responses(model, tokenizer, prompts, config, label):
-    """One response a prompt -> (ids, mask) examples, and texts, None for a response cut off."""
+    """One response a prompt -> (ids, mask) examples, and texts, None for a response cut off.
+
+    The generator starts from config.seed each time, so that two policies meet the same chances.
+    """
     end, examples, texts = tokenizer.eot_token, [], []
     generator = torch.Generator(model.wte.weight.device).manual_seed(config.seed)
     for start in progress(range(0, len(prompts), 1024), label):
         chunk = [tokenizer.encode_ordinary(prompt) for prompt in prompts[start : start + 1024]]
-        room = model.config.block_size - max(map(len, chunk))
-        limit = min(config.max_new_tokens, room)
+        limit = config.max_new_tokens
         for prompt, reply in zip(chunk, model.generate(chunk, end, limit, generator=generator)):
             examples.append(data.join_ids(prompt, reply))
             texts.append(tokenizer.decode(reply[:-1]) if reply[-1] == end else None)
@@ -58,13 +60,13 @@ def true_reward(prompt, text):
     return data.UNPARSED if text is None else data.reward(prompt, text)
 
 
-def exact_reference(reference, tokenizer, questions):
+def exact_distribution(model, tokenizer, questions):
     """Every response of the grammar, and all other texts as one more: they score −3 alike.
 
-    -> log π_ref and true rewards, each (Q, N + 1) float64; the probabilities of a row sum to one.
+    -> log π(y|x) and true rewards, each (Q, N + 1) float64; a row's probabilities sum to one.
     """
     examples = [data.encode(tokenizer, q, r) for q in questions for r in data.responses(q)]
-    logps = response_logps(reference, examples, tokenizer.eot_token, "every response").double()
+    logps = response_logps(model, examples, tokenizer.eot_token, "every response").double()
     logps = logps.view(len(questions), -1)  # (Q, N)
     rest = 1 - logps.exp().sum(dim=1, keepdim=True)  # (Q, 1)
     logps = torch.cat([logps, rest.clamp(min=1e-12).log()], dim=1)  # (Q, N + 1)
@@ -79,7 +81,7 @@ def measure(policy, reference, tokenizer, questions, config):
     config.eval_samples fresh samples a question. The bracket is how far the optimum's objective
     moves if the texts outside the grammar are left out of Z(x).
     """
-    logps, rewards = exact_reference(reference, tokenizer, questions)
+    logps, rewards = exact_distribution(reference, tokenizer, questions)
     best_logps, log_z = dpo.optimal_logps(logps, rewards, config.beta)
     best = best_logps.exp()  # (Q, N + 1)
     _, log_z_listed = dpo.optimal_logps(logps[:, :-1], rewards[:, :-1], config.beta)
@@ -127,7 +129,7 @@ def print_table(title, summary, bracket):
 
 
 def print_answers(reference, policy, tokenizer, prompts, config):
-    """A sample before and one after, from the same random numbers; in the village with rewards."""
+    """A sample before and one after, from the same seed; in the village with true rewards."""
     before, after = (
         sample_responses(model, tokenizer, prompts, config, "answers")[1]
         for model in (reference, policy)

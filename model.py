@@ -174,7 +174,7 @@ def load(path, device="cpu"):
         state = torch.load(path, map_location=device, weights_only=True)
         model = GPT(GPTConfig(**state["config"])).to(device)
         model.load_state_dict(state["weights"])
-    except FileNotFoundError:
+    except (FileNotFoundError, PermissionError, IsADirectoryError):
         raise
     except Exception as error:  # truncated, foreign, of another version: torch raises many kinds
         raise ValueError(f"{path} is not a whole checkpoint of this project") from error

@@ -59,8 +59,10 @@ def read_config(cls, script):
     config = cls(**vars(parser.parse_args()))
     for field in fields(cls):
         value, may_be_zero = getattr(config, field.name), field.name in ("seed", "momentum")
-        if field.type in (int, float) and not (0 < value < math.inf or may_be_zero and value == 0):
-            refuse(f"--{field.name.replace('_', '-')} must be positive, not {value}")
+        limit = {"seed": 2**63, "momentum": 1}.get(field.name, math.inf)
+        if field.type in (int, float) and not (0 < value < limit or may_be_zero and value == 0):
+            below = f" and below {limit}" if limit < math.inf else ""
+            refuse(f"--{field.name.replace('_', '-')} must be positive{below}, not {value}")
     for name, known in (("dtype", ("float32", "bfloat16")), ("optimizer", ("sgd", "adamw"))):
         if getattr(config, name, known[0]) not in known:
             refuse(f"--{name} must be {' or '.join(known)}, not {getattr(config, name)}")
@@ -146,7 +148,8 @@ def cut_rows(tokenizer, texts, context):
     stream = [i for text in texts for i in [*tokenizer.encode_ordinary(text), tokenizer.eot_token]]
     if len(stream) <= context:
         raise SystemExit(
-            f"a corpus of {len(stream)} tokens is shorter than a row; --context is {context}"
+            f"the corpus, or the tenth of it that is held out, has only {len(stream)} tokens: "
+            f"give more text, or a --context below {context}"
         )
     return torch.tensor(stream).unfold(0, context + 1, context)
 
@@ -169,8 +172,6 @@ def check_sizes(config):
         raise SystemExit(f"--n-embd {config.n_embd} is no multiple of --n-head {config.n_head}")
     if config.context > config.block_size:
         raise SystemExit(f"--context {config.context} exceeds --block-size {config.block_size}")
-    if not config.sft and config.block_size < 48:
-        raise SystemExit("--block-size must be 48 at least for the village's questions and answers")
 
 
 def village_texts(config):
@@ -189,7 +190,7 @@ def village_texts(config):
 def own_corpus(path):
     """-> (nine tenths of the file, the last tenth), each a list of one text."""
     try:
-        with open(path, encoding="utf-8") as file:
+        with open(path, encoding="utf-8-sig") as file:
             text = file.read()
     except OSError as error:
         raise SystemExit(f"cannot read {path}: {error.strerror}")
@@ -200,12 +201,10 @@ def own_corpus(path):
 
 
 def own_demonstrations(config, tokenizer):
-    """-> (nine tenths of the lines, every tenth line), each a list of (prompt, response)."""
+    """-> (demonstrations, demonstrations held out), each a list of (prompt, response)."""
     fields = ("prompt", "response")
     lines = data.read_jsonl(config.sft, fields, tokenizer, config.block_size, config.skip_bad)
-    if len(lines) < 2:
-        raise SystemExit(f"{config.sft}: one line is too few, one is held out in every ten")
-    return [pair for i, pair in enumerate(lines) if i % 10 != 1], lines[1::10]
+    return data.hold_out(lines, config.sft)
 
 
 def pretrain(model, tokenizer, corpus, held_corpus, config, device):
@@ -224,15 +223,12 @@ def pretrain(model, tokenizer, corpus, held_corpus, config, device):
     print(f"pretrained: loss {loss:.3f} nats a token, held out {held:.3f}")
 
 
-def finetune(model, tokenizer, demos, held_demos, config, device):
+def finetune(model, tokenizer, examples, held_out, config, device):
     """Next-token prediction on responses, given their prompts.
 
     Without weight decay: decay keeps what is certain a little uncertain, and DPO suffers from
     nothing as much as from a reference that leaks (README, "What holds DPO back").
     """
-    examples, held = (
-        [data.encode(tokenizer, *demo) for demo in part] for part in (demos, held_demos)
-    )
     print("one example, scored tokens marked:", data.paint(tokenizer, *examples[0]))
     picks = data.batches(len(examples), config.batch_size, config.steps, config.seed)
 
@@ -240,7 +236,7 @@ def finetune(model, tokenizer, demos, held_demos, config, device):
         return data.collate([examples[i] for i in next(picks)], tokenizer.eot_token)
 
     loss = train(model, draw, config.steps, config.lr, 0, device, "fine-tune")
-    held_loss = mean_loss(model, *data.collate(held, tokenizer.eot_token), device)
+    held_loss = mean_loss(model, *data.collate(held_out, tokenizer.eot_token), device)
     print(f"fine-tuned: loss {loss:.3f} nats a response token, held out {held_loss:.3f}")
 
 
@@ -250,7 +246,9 @@ def main():
     device = prepare(config)
     if config.sft:
         corpus, held_corpus = own_corpus(config.corpus)
+        own_demonstrations(config, None)  # bad lines first: learning a tokenizer takes a while
         words = corpus[0]
+        print("learning the tokenizer")
     else:
         corpus, held_corpus, demos, held_demos = village_texts(config)
         words = data.every_word()
@@ -260,6 +258,12 @@ def main():
         raise SystemExit(f"--vocab-size {config.vocab_size}: {error}")
     if config.sft:
         demos, held_demos = own_demonstrations(config, tokenizer)
+    examples, held_examples = (
+        [data.encode(tokenizer, *demo) for demo in part] for part in (demos, held_demos)
+    )
+    longest = max(len(ids) for ids, _ in examples + held_examples)
+    if longest > config.block_size:
+        raise SystemExit(f"--block-size {config.block_size} is too small: {longest} are needed")
     shape = config.block_size, config.n_layer, config.n_head, config.n_embd
     model = gpt.GPT(gpt.GPTConfig(tokenizer.n_vocab, *shape)).to(device)
     set_speed(model, config, device)
@@ -269,7 +273,7 @@ def main():
 
     pretrain(model, tokenizer, corpus, held_corpus, config, device)
     gpt.save(f"{config.out}/pretrained.pt", model, tokens=tokens)
-    finetune(model, tokenizer, demos, held_demos, config, device)
+    finetune(model, tokenizer, examples, held_examples, config, device)
     gpt.save(f"{config.out}/sft.pt", model, tokens=tokens)
     if not config.sft:
         _, held_out, never = data.split_questions()

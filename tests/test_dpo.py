@@ -63,12 +63,26 @@ def test_gradient_is_the_papers():
 
 
 def test_losses_and_gradients_are_finite_at_huge_margins():
-    for dtype in (torch.float32, torch.bfloat16):
-        policy = torch.tensor([1e4, -1e4], dtype=dtype, requires_grad=True)
-        losses, *_ = dpo.dpo_loss(policy, torch.zeros(2), torch.zeros(2), torch.zeros(2), 1.0)
+    policy = torch.tensor([1e4, -1e4], requires_grad=True)
+    losses, *_ = dpo.dpo_loss(policy, torch.zeros(2), torch.zeros(2), torch.zeros(2), 1.0)
+    losses.sum().backward()
+    assert losses.tolist() == [0, 1e4]
+    assert policy.grad.tolist() == [0, -1]
+
+
+def test_losses_and_gradients_are_finite_with_huge_bfloat16_logits():
+    """Two sequences of one scored token each, of log-probability 0 and −10⁴, and the other way."""
+    ids = torch.tensor([[0, 1], [0, 2]])
+    mask = torch.tensor([[False, True], [False, True]])
+    for sign in (1, -1):
+        logits = torch.zeros(2, 2, 3, dtype=torch.bfloat16)
+        logits[:, 0, 1] = sign * 10_000
+        logits.requires_grad_()
+        chosen, rejected = dpo.sequence_logps(logits, ids, mask).split(1)
+        losses, *_ = dpo.dpo_loss(chosen, rejected, torch.zeros(1), torch.zeros(1), 1.0)
         losses.sum().backward()
-        assert losses.tolist() == pytest.approx([0, 1e4], rel=1e-2)
-        assert policy.grad.tolist() == [0, -1]
+        assert losses.item() == pytest.approx(0 if sign > 0 else 10_000, rel=1e-2, abs=1e-6)
+        assert logits.grad.isfinite().all() and (logits.grad.any() or sign > 0)
 
 
 # --- Eq. 1, 5, 6 and the lemmas -----------------------------------------------------------------

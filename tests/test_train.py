@@ -38,8 +38,8 @@ def tokenizer():
 
 
 @pytest.fixture(autouse=True)
-def little_text(monkeypatch):
-    """Loops over many small batches are faster on one thread."""
+def one_thread():
+    """Many small batches are faster so."""
     torch.set_num_threads(1)
 
 
@@ -53,12 +53,12 @@ class KnownReference:
     config = SimpleNamespace(block_size=64)
     wte = SimpleNamespace(weight=torch.zeros(1))
 
-    def __init__(self, tokenizer, questions):
+    def __init__(self, tokenizer, questions, power=1):
         self.end, self.replies, self.weights = tokenizer.eot_token, {}, {}
         self.next = defaultdict(lambda: torch.full((tokenizer.n_vocab,), 1e-30).double())
         for question in questions:
             texts = [*data.responses(question), " Good!"]
-            share = torch.arange(1, len(texts), dtype=torch.float64)
+            share = torch.arange(1, len(texts), dtype=torch.float64) ** power
             weights = torch.cat([0.9 * share / share.sum(), torch.tensor([0.1])])
             prompt = tuple(tokenizer.encode_ordinary(question))
             replies = [data.encode(tokenizer, "", text)[0] for text in texts]
@@ -89,7 +89,7 @@ def known(tokenizer):
 
 def test_brute_force_agrees_with_the_known_reference_and_with_sampling(known, tokenizer):
     beta, question = 2.0, data.split_questions()[1][0]
-    logps, rewards = evaluate.exact_reference(known, tokenizer, [question])
+    logps, rewards = evaluate.exact_distribution(known, tokenizer, [question])
     (weights,) = (
         w for p, w in known.weights.items() if p == tuple(tokenizer.encode_ordinary(question))
     )
@@ -122,6 +122,25 @@ def test_measure_gives_a_policy_that_is_the_reference_its_exact_reward_and_no_kl
     assert 0 < bracket < 1e-3
 
 
+def test_measure_knows_another_policys_reward_and_kl(known, tokenizer):
+    """Another policy than the reference: KL = Σ p log p/q, E[r] = Σ p r, and J* = β log Z."""
+    question = data.split_questions()[1][0]
+    policy = KnownReference(tokenizer, [question], power=3)
+    config = SimpleNamespace(seed=1, max_new_tokens=24, eval_samples=4000, beta=0.5)
+    rows, _ = evaluate.measure(policy, known, tokenizer, [question], config)
+    prompt = tuple(tokenizer.encode_ordinary(question))
+    p, q = policy.weights[prompt], known.weights[prompt]
+    rewards = torch.tensor([*data.responses(question).values(), -3.0], dtype=torch.float64)
+    for found, values in zip(rows["policy"], (rewards, (p / q).log())):
+        mean = (p * values).sum()
+        spread = (p * (values - mean) ** 2).sum().sqrt() / math.sqrt(4000)
+        assert abs(found - mean) < 4 * spread and spread < 0.03
+    assert rows["policy"][1] > 0.1
+    reward, kl = rows["optimum"]
+    log_z = (q * (rewards / 0.5).exp()).sum().log()
+    assert (reward - 0.5 * kl).item() == pytest.approx(0.5 * log_z.item(), abs=1e-5)
+
+
 def test_labels_follow_bradley_terry(known, tokenizer, monkeypatch):
     """Of pairs whose rewards differ by d, the better one is chosen a share σ(d) of the time."""
     question = data.split_questions()[0][0]
@@ -145,6 +164,24 @@ def test_noise_limits_by_hand():
     assert limits["best_accuracy"] == pytest.approx((0.5 + p) / 2)
     entropy = (math.log(2) - p * math.log(p) - (1 - p) * math.log(1 - p)) / 2
     assert limits["best_loss"] == pytest.approx(entropy)
+
+
+def test_pairs_are_written_as_they_are_read(tokenizer, tmp_path):
+    pairs = [("Which pet?", " Good!", " Bad “é”\n."), ("Whose?", " Yes.", " No.")]
+    train_dpo.write_pairs(f"{tmp_path}/pairs.jsonl", pairs)
+    fields = ("prompt", "chosen", "rejected")
+    assert data.read_jsonl(f"{tmp_path}/pairs.jsonl", fields, tokenizer, 64) == pairs
+    assert [path.name for path in tmp_path.iterdir()] == ["pairs.jsonl"]
+
+
+def test_held_out_pairs_share_no_prompt_with_the_others():
+    rows = [(f"prompt {i % 25}", i) for i in range(60)]
+    train, held_out = data.hold_out(rows, "pairs.jsonl")
+    assert sorted(train + held_out) == sorted(rows)
+    assert {prompt for prompt, _ in held_out} == {"prompt 1", "prompt 11", "prompt 21"}
+    assert not {prompt for prompt, _ in held_out} & {prompt for prompt, _ in train}
+    with pytest.raises(SystemExit, match=r"pairs.jsonl: one prompt is too few"):
+        data.hold_out([("a", 1), ("a", 2)], "pairs.jsonl")
 
 
 def test_summary_by_hand():
@@ -174,7 +211,7 @@ def setup(tokenizer):
     reference.requires_grad_(False)
     train, *_ = data.split_questions()
     pairs = [(q, *[*data.responses(q)][3 * i : 3 * i + 2]) for i, q in enumerate(train[:20])]
-    config = train_dpo.Config(batch_size=8, lr=0.01, beta=0.5)
+    config = train_dpo.Config(lr=0.01, beta=0.5)
     return reference, train_dpo.prepare_pairs(reference, tokenizer, pairs), config
 
 
@@ -182,7 +219,7 @@ def test_the_reference_has_no_gradient_and_does_not_move_by_a_bit(setup, tokeniz
     reference, pairs, config = setup
     before = copy.deepcopy(reference.state_dict())
     policy = copy.deepcopy(reference).requires_grad_(True)
-    metrics = list(train_dpo.train(policy, pairs, 5, config, tokenizer.eot_token))
+    metrics = list(train_dpo.train(policy, pairs, 5, 8, config, tokenizer.eot_token))
     assert metrics[0]["loss"] == pytest.approx(math.log(2), abs=1e-6)
     assert all(torch.equal(value, before[name]) for name, value in reference.state_dict().items())
     assert all(p.grad is None and not p.requires_grad for p in reference.parameters())
@@ -194,7 +231,7 @@ def test_logged_rewards_are_against_the_frozen_reference(setup, tokenizer):
     reference, pairs, config = setup
     policy = copy.deepcopy(reference).requires_grad_(True)
     states, metrics = [], []
-    for line in train_dpo.train(policy, pairs, 4, config, tokenizer.eot_token):
+    for line in train_dpo.train(policy, pairs, 4, 8, config, tokenizer.eot_token):
         metrics.append(line)
         states.append(copy.deepcopy(policy))
     rows = list(data.batches(20, 8, 4, config.seed))[3]
@@ -211,6 +248,31 @@ def test_logged_rewards_are_against_the_frozen_reference(setup, tokenizer):
     assert margins.mean() > 0.01
 
 
+def test_supervised_loss_is_minus_the_response_logp(setup):
+    """Fine-tuning scores the response only, each token under the one before it."""
+    reference, (chosen, *_), _ = setup
+    ids, mask = data.collate(chosen, 0)
+    losses = train_sft.token_losses(reference, ids, mask)
+    assert len(losses) == mask.sum()
+    expected = -dpo.sequence_logps(reference(ids), ids, mask).sum()
+    torch.testing.assert_close(losses.sum(), expected)
+
+
+def test_schedule_by_hand():
+    """40 steps: two of warm-up (⅓, ⅔), the top at 2, half-way down at 21, and on to 0."""
+    assert [train_sft.schedule(step, 40) for step in (0, 1, 2, 21)] == pytest.approx(
+        [1 / 3, 2 / 3, 1, 0.5]
+    )
+    assert 0 < train_sft.schedule(39, 40) < 0.01
+
+
+def test_a_policy_that_is_not_the_reference_is_found_at_step_0():
+    config = train_dpo.Config(beta=0.5)
+    assert "0.6931 (ln 2)" in train_dpo.check_first_loss(math.log(2), config)
+    with pytest.raises(SystemExit, match="not ln 2"):
+        train_dpo.check_first_loss(0.6951, config)
+
+
 def test_precomputed_reference_logps_equal_live_ones(setup):
     reference, (chosen, rejected, ref_chosen, ref_rejected), _ = setup
     for examples, logps in ((chosen, ref_chosen), (rejected, ref_rejected)):
@@ -225,9 +287,9 @@ def test_one_step_raises_the_margin_of_its_pairs(setup):
     policy = copy.deepcopy(reference).requires_grad_(True)
     optimizer = torch.optim.SGD(policy.parameters(), config.lr)
     ids, mask = data.collate(chosen + rejected, 0)
-    batch = ids, mask, ref_chosen, ref_rejected, config.beta
-    first = train_dpo.train_step(policy, optimizer, *batch)
-    second = train_dpo.train_step(policy, optimizer, *batch)
+    batch = ids, mask, ref_chosen, ref_rejected
+    first = train_dpo.train_step(policy, optimizer, batch, config.beta)
+    second = train_dpo.train_step(policy, optimizer, batch, config.beta)
     assert first["rewards/margins"] == pytest.approx(0, abs=1e-5)
     assert second["rewards/margins"] > 0.001 and second["loss"] < first["loss"]
 
@@ -263,6 +325,11 @@ def test_the_pipeline_on_the_village(village):
         for row in ("reference", "policy", "optimum"):
             for name in ("reward", "kl", "objective", "optimality"):
                 assert math.isfinite(part[row][name]) and part[row][f"{name}_se"] >= 0
+    assert report["policy"]["kl"] != 0
+    sft, dpo_policy = (gpt.load(out / name)[0].wte.weight for name in ("sft.pt", "dpo.pt"))
+    assert not torch.equal(sft, dpo_policy)
+    reference, _ = train_dpo.load_checkpoint(train_dpo.Config(out=str(out)), "cpu")
+    assert not any(p.requires_grad for p in reference.parameters())
     assert report["seed"] == report["config"]["seed"] == 0 and report["seconds"]["training"] > 0
     lines = [json.loads(line) for line in (out / "dpo.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines] == [*range(1, len(lines) + 1)]
@@ -296,13 +363,14 @@ def test_the_pipeline_on_somebodys_own_text_and_pairs(tmp_path):
     command(
         "train_sft.py", "--corpus", corpus, "--sft", sft, "--out", out, "--vocab-size=270", *TOY_SFT
     )
-    run = command("train_dpo.py", "--pairs", pairs, "--out", out, *TOY_DPO)
+    other = ["--dtype=bfloat16", "--optimizer=adamw", "--lr=1e-4"]
+    run = command("train_dpo.py", "--pairs", pairs, "--out", out, *TOY_DPO, *other)
     assert "held-out/accuracy" in run.stdout and "E[reward]" not in run.stdout
     report = json.loads((tmp_path / "out" / "dpo.json").read_text())
     assert {"held-out/loss", "held-out/accuracy", "fresh/kl", "fresh/cut-off"} <= {*report}
 
 
-def refusal(capsys, monkeypatch, module, *flags):
+def refusal(monkeypatch, module, *flags):
     monkeypatch.setattr(sys, "argv", [module.__name__ + ".py", *flags])
     with pytest.raises(SystemExit) as stop:
         module.main()
@@ -322,6 +390,8 @@ def refusal(capsys, monkeypatch, module, *flags):
         (["--beta=nan"], "--beta must be positive, not nan"),
         (["--lr=inf"], "--lr must be positive"),
         (["--batch-size=0"], "--batch-size must be positive, not 0"),
+        (["--seed=100000000000000000000"], "--seed must be positive and below"),
+        (["--momentum=1"], "--momentum must be positive and below 1, not 1.0"),
         (["--epochs=0"], "--epochs must be positive"),
         (["--optimizer=adam"], "--optimizer must be sgd or adamw, not adam"),
         (["--dtype=int8"], "--dtype must be float32 or bfloat16, not int8"),
@@ -331,34 +401,35 @@ def refusal(capsys, monkeypatch, module, *flags):
         (["--init=README.md"], "README.md is not a whole checkpoint"),
     ],
 )
-def test_a_mistake_ends_the_run_in_one_line(capsys, monkeypatch, tmp_path, flags, message):
+def test_a_mistake_ends_the_run_in_one_line(monkeypatch, tmp_path, flags, message):
     flags = [f"--out={tmp_path}", *flags]
-    assert message in refusal(capsys, monkeypatch, train_dpo, *flags)
+    assert message in refusal(monkeypatch, train_dpo, *flags)
 
 
-def test_own_text_without_own_answers_is_refused(capsys, monkeypatch, tmp_path):
+def test_own_text_without_own_answers_is_refused(monkeypatch, tmp_path):
     flags = ["--corpus=my.txt", f"--out={tmp_path}"]
-    assert "go together" in refusal(capsys, monkeypatch, train_sft, *flags)
+    assert "go together" in refusal(monkeypatch, train_sft, *flags)
 
 
-def test_a_bad_pairs_file_stops_before_any_work(village, capsys, monkeypatch, tmp_path):
+def test_a_bad_pairs_file_stops_before_any_work(village, monkeypatch, tmp_path):
     pairs = tmp_path / "pairs.jsonl"
     pairs.write_text('{"prompt": "a"}\n')
     flags = [f"--init={village[0] / 'sft.pt'}", f"--out={tmp_path}", f"--pairs={pairs}"]
-    message = refusal(capsys, monkeypatch, train_dpo, *flags)
+    message = refusal(monkeypatch, train_dpo, *flags)
     assert f'{pairs}, line 1: no "chosen"' in message
     assert [path.name for path in tmp_path.iterdir()] == ["pairs.jsonl"]
     flags[-1] = "--pairs=nowhere.jsonl"
-    assert "nowhere.jsonl" in refusal(capsys, monkeypatch, train_dpo, *flags)
+    assert "nowhere.jsonl" in refusal(monkeypatch, train_dpo, *flags)
 
 
 def test_a_loss_that_is_not_finite_stops_and_keeps_the_last_good_weights(village, tmp_path):
+    good = (village[0] / "dpo.pt").read_bytes()
+    (tmp_path / "dpo.pt").write_bytes(good)
     flags = ["--init", str(village[0] / "sft.pt"), "--out", str(tmp_path), "--lr=1e30", *TOY_DPO]
     run = command("train_dpo.py", *flags, check=False)
     assert run.returncode == 1 and run.stderr.startswith("after step 1: ")
     assert run.stderr.count("\n") == 1
-    kept, _ = gpt.load(tmp_path / "dpo.pt")
-    assert all(p.isfinite().all() for p in kept.parameters())
+    assert (tmp_path / "dpo.pt").read_bytes() == good
 
 
 def test_ctrl_c_leaves_whole_files_and_one_line(village, tmp_path):
