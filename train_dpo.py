@@ -347,6 +347,7 @@ def main():
         pairs = sample_pairs(reference, tokenizer, config)
         write_pairs(f"{config.out}/pairs.jsonl", pairs)
         limits = noise_limits(pairs)
+        print("labels this noisy allow at best:", average([limits], limits))
     lap("pairs")
     prepared = prepare_pairs(reference, tokenizer, pairs)
     lap("reference log-probabilities")
@@ -365,7 +366,6 @@ def main():
         report = probe()
         print("\nheld out:", average([report], report))
     else:
-        print("labels this noisy allow at best:", average([limits], limits))
         report = village_report(policy, reference, tokenizer, config) | {"pairs": limits}
     lap("measuring")
     report |= {"seconds": seconds, "config": vars(config), "seed": config.seed}

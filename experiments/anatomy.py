@@ -51,9 +51,6 @@ def split_gap(logps, best_logps, rewards):
 
 def main():
     _, questions, _ = data.split_questions()
-    print(
-        "| run | | garbled | kind opening | true answer | kind closing |\n|---|---|---|---|---|---|"
-    )
     for folder in sys.argv[1:] or ["out"]:
         beta = json.loads((Path(folder) / "dpo.json").read_text())["config"]["beta"]
         reference, state = gpt.load(f"{folder}/sft.pt")
@@ -61,14 +58,21 @@ def main():
         tokenizer = data.build_tokenizer(state["tokens"])
         ref_logps, rewards = evaluate.exact_distribution(reference, tokenizer, questions)
         logps, _ = evaluate.exact_distribution(policy, tokenizer, questions)
-        best_logps, _ = dpo.optimal_logps(ref_logps, rewards, beta)
+        best_logps, log_z = dpo.optimal_logps(ref_logps, rewards, beta)
+        print(f"| {folder} | garbled | kind opening | true answer | kind closing |")
+        print("|---|---|---|---|---|")
         for name, row in (("reference", ref_logps), ("DPO", logps), ("optimum", best_logps)):
             cells = " | ".join(f"{share:.1%}" for share in shares(row.exp(), questions))
-            print(f"| {Path(folder).name} | {name} | {cells} |")
+            print(f"| {name} | {cells} |")
         between, within = (beta * part for part in split_gap(logps, best_logps, rewards))
-        print(
-            f"J* − J = {between + within:.3f}: between levels {between:.3f}, within {within:.3f}\n"
-        )
+        print(f"J* − J = {between + within:.3f}: between levels {between:.3f}, within {within:.3f}")
+        lines = (Path(folder) / "pairs.jsonl").read_text(encoding="utf-8").splitlines()
+        for side in ("chosen", "rejected"):
+            levels = [data.reward(pair["prompt"], pair[side]) for pair in map(json.loads, lines)]
+            change = sum(levels) / len(levels) / beta - log_z.mean().item()
+            print(
+                f"{side}: at the optimum log π − log π_ref = r/β − log Z, {change:+.2f} on average"
+            )
 
 
 if __name__ == "__main__":

@@ -1,8 +1,7 @@
 """The README's picture and its tables, from what train_dpo.py wrote.
 
-python experiments/curves.py                        assets/curves.svg from out/
-python experiments/curves.py out/0 out/1 out/2 ...   the picture of the first run, and the mean and
-                                                    standard deviation over all runs
+python experiments/curves.py                   assets/curves.svg from out/, and its tables
+python experiments/curves.py out/0 out/1 ...   the picture of the first run, tables of them all
 """
 
 import json
@@ -11,7 +10,10 @@ import statistics
 import sys
 from pathlib import Path
 
+import matplotlib
 import matplotlib.pyplot as plt
+
+matplotlib.rcParams["svg.hashsalt"] = "curves"  # the same run gives the same file
 
 BLUE, ORANGE, GREY = "#0072b2", "#d55e00", "#777777"  # told apart by the colour-blind, and in print
 
@@ -23,6 +25,10 @@ def read_run(folder):
         report = json.loads((Path(folder) / "dpo.json").read_text())
     except FileNotFoundError as error:
         raise SystemExit(f"there is no {error.filename}: run train_dpo.py --out {folder} first")
+    if "optimum" not in report:
+        raise SystemExit(
+            f"{folder} is a run on somebody's own pairs: it has no true reward to draw"
+        )
     return [json.loads(line) for line in lines], report
 
 
@@ -45,6 +51,8 @@ def draw(steps, report, path):
     plot(axes[2], steps, "logps/chosen", BLUE, "chosen")
     plot(axes[2], steps, "logps/rejected", ORANGE, "rejected")
     axes[2].set(title="log-probabilities", ylabel="log π(y|x), nats")
+    start = {"step": 0, "fresh/reward": report["reference"]["reward"], "fresh/kl": 0}
+    steps = [start, *steps]
     plot(axes[3], steps, "fresh/reward", BLUE, "true reward E[r]", smooth=1)
     plot(axes[3], steps, "fresh/kl", ORANGE, "KL to the reference, nats", smooth=1)
     axes[3].axhline(
