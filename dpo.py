@@ -12,7 +12,7 @@ Every function takes tensors, never a model: what is here can be checked with pe
 
 Departures of this repository from the paper: preference labels are sampled from Eq. 1, where the
 paper's controlled sentiment experiment (§6) labels by its classifier without noise; the optimizer
-is SGD with momentum and a cosine decay where the paper has RMSprop (the README measures why);
+is SGD with momentum and a cosine decay where the paper has RMSprop (the README compares);
 models and data are toys.
 """
 
