@@ -441,10 +441,13 @@ def test_ctrl_c_leaves_whole_files_and_one_line(village, tmp_path):
         "--epochs=10000",
         *TOY_DPO,
     ]
+    # A test run in the background may ignore Ctrl-C, and a child would inherit that.
+    handler = signal.signal(signal.SIGINT, signal.default_int_handler)
     process = subprocess.Popen(
         [sys.executable, "-u", "train_dpo.py", *flags],
         cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
     )  # fmt: skip
+    signal.signal(signal.SIGINT, handler)
     while "step 0" not in process.stdout.readline():
         assert process.poll() is None
     process.send_signal(signal.SIGINT)
