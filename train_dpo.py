@@ -125,9 +125,9 @@ def read_pairs(config, tokenizer, block_size):
 def check_village_fits(tokenizer, block_size, config):
     """Refuse a model, somebody's own perhaps, that cannot take the village's texts."""
     prompt = max(len(tokenizer.encode_ordinary(q)) for q in data.QUESTIONS)
-    response = max(
-        len(data.encode(tokenizer, "", r)[0]) for q in data.QUESTIONS for r in data.responses(q)
-    )
+    parts = data.OPENINGS, [a for q in data.QUESTIONS for a in data.answers(q)], data.CLOSINGS
+    # Every part follows a space, where a token ends: the longest response has the longest parts.
+    response = 1 + sum(max(len(tokenizer.encode_ordinary(f" {t}")) for t in part) for part in parts)
     need = prompt + max(response, config.max_new_tokens)
     if response > config.max_new_tokens or need > block_size:
         raise SystemExit(
@@ -332,9 +332,6 @@ def main():
         nonlocal clock
         seconds[stage], clock = round(time.perf_counter() - clock, 1), time.perf_counter()
 
-    if os.path.exists(f"{config.out}/dpo.json"):
-        os.remove(f"{config.out}/dpo.json")  # the report of another run
-
     def save():
         gpt.save(f"{config.out}/dpo.pt", policy, tokens=data.tokens_of(tokenizer))
 
@@ -358,6 +355,8 @@ def main():
             return own_probe(policy, reference, tokenizer, held_out, prompts, config)
         return village_probe(policy, reference, tokenizer, config)
 
+    if os.path.exists(f"{config.out}/dpo.json"):
+        os.remove(f"{config.out}/dpo.json")  # the report of another run
     recent = run(policy, prepared, config, tokenizer.eot_token, probe, save)
     print(f"last {len(recent)} steps:", average(recent, SHOWN))
     lap("training")

@@ -422,6 +422,25 @@ def test_a_bad_pairs_file_stops_before_any_work(village, monkeypatch, tmp_path):
     assert "nowhere.jsonl" in refusal(monkeypatch, train_dpo, *flags)
 
 
+def test_a_bad_pairs_file_leaves_the_last_report(village, monkeypatch, tmp_path):
+    for name, text in (("dpo.json", "{}"), ("pairs.jsonl", "{")):
+        (tmp_path / name).write_text(text)
+    flags = [f"--init={village[0] / 'sft.pt'}", f"--out={tmp_path}"]
+    flags.append(f"--pairs={tmp_path}/pairs.jsonl")
+    assert "not JSON" in refusal(monkeypatch, train_dpo, *flags)
+    assert (tmp_path / "dpo.json").read_text() == "{}"
+
+
+def test_a_model_too_small_for_the_village_is_refused(tokenizer):
+    prompt = max(len(tokenizer.encode_ordinary(q)) for q in data.QUESTIONS)
+    texts = (text for question in data.QUESTIONS for text in data.responses(question))
+    response = max(len(data.encode(tokenizer, "", text)[0]) for text in texts)
+    config = train_dpo.Config(max_new_tokens=response)
+    train_dpo.check_village_fits(tokenizer, prompt + response, config)
+    with pytest.raises(SystemExit, match=f"responses take {response} tokens and prompts {prompt}"):
+        train_dpo.check_village_fits(tokenizer, prompt + response - 1, config)
+
+
 def test_a_loss_that_is_not_finite_stops_and_keeps_the_last_good_weights(village, tmp_path):
     good = (village[0] / "dpo.pt").read_bytes()
     (tmp_path / "dpo.pt").write_bytes(good)
