@@ -7,8 +7,10 @@ about them are the pretraining corpus; questions about them are the prompts. A r
 or −3 for a text that is not of this form. `python data.py` shows it all.
 """
 
+import contextlib
 import itertools
 import json
+import math
 import random
 import re
 import sys
@@ -255,8 +257,65 @@ def text_of(record: dict, field: str) -> str:
     return text
 
 
+def value_of(record: dict, field: str):
+    """A field as check_line() wants it: a "label" is true or false, a "rating" a number."""
+    if field not in ("label", "rating"):
+        return text_of(record, field)
+    value = record.get(field)
+    if field == "label" and not isinstance(value, bool):
+        raise ValueError('"label" is neither true nor false')
+    if field == "rating" and (isinstance(value, bool) or not isinstance(value, (int, float))):
+        raise ValueError('"rating" is no number')
+    if not math.isfinite(value):
+        raise ValueError('"rating" is not finite')
+    return value
+
+
+FORMATS = (
+    ("prompt", "chosen", "rejected"),
+    ("prompt", "completion", "label"),  # a thumb up or down
+    ("prompt", "response", "rating"),  # a log of what was said, and how it was liked
+)
+
+
+def fields_of(path: str) -> tuple[str, str, str]:
+    """Which of the formats a preference file has, by the first line that has any."""
+    try:
+        with open(path, "rb") as file:
+            for line in file:
+                with contextlib.suppress(ValueError, RecursionError):  # read_jsonl() will name it
+                    record = json.loads(line.decode("utf-8-sig"))
+                    for fields in FORMATS:
+                        if isinstance(record, dict) and {*fields} <= {*record}:
+                            return fields
+    except OSError as error:
+        raise SystemExit(f"cannot read {path}: {error.strerror}")
+    return FORMATS[0]
+
+
+def pairs_from_ratings(rows: list[tuple], path: str) -> list[tuple]:
+    """(prompt, response, rating) -> (prompt, chosen, rejected): a prompt's best against its worst.
+
+    Among equal ratings the first line counts. A prompt with a single rating makes no pair.
+    """
+    by_prompt = {}
+    for prompt, response, rating in rows:
+        by_prompt.setdefault(prompt, []).append((rating, response))
+    pairs = []
+    for prompt, rated in by_prompt.items():
+        best, worst = max(rated, key=lambda r: r[0]), min(rated, key=lambda r: r[0])
+        if best[0] > worst[0] and best[1] != worst[1]:
+            pairs.append((prompt, best[1], worst[1]))
+    print(
+        f"{path}: {len(rows)} rated responses to {len(by_prompt)} prompts give {len(pairs)} pairs"
+    )
+    if not pairs:
+        raise SystemExit(f"{path}: no prompt has two responses of different ratings")
+    return pairs
+
+
 def read_jsonl(path: str, fields: tuple, tokenizer, block_size: int, skip_bad=False) -> list[tuple]:
-    """Every line's texts, in the order of `fields`: a prompt first, then its responses.
+    """Every line's values, in the order of `fields`: a prompt first, then what was said to it.
 
     A bad line ends the run with file, line number and reason, or with skip_bad is counted and
     left out. Without a tokenizer, lengths are not checked yet.
@@ -283,21 +342,23 @@ def read_jsonl(path: str, fields: tuple, tokenizer, block_size: int, skip_bad=Fa
 
 
 def check_line(line: bytes, fields: tuple, tokenizer, block_size: int) -> tuple:
-    """One line's texts. Raises ValueError with the reason if it cannot be used."""
+    """One line's values. Raises ValueError with the reason if it cannot be used."""
     try:
         record = json.loads(line.decode("utf-8-sig"))
     except json.JSONDecodeError as error:
         raise ValueError(f"not JSON ({error.msg})") from error
     if not isinstance(record, dict):
         raise ValueError("not a JSON object")
-    prompt, *rest = texts = tuple(text_of(record, field) for field in fields)
+    prompt, *rest = values = tuple(value_of(record, field) for field in fields)
     if len(set(rest)) < len(rest):
         raise ValueError('"chosen" equals "rejected"')
     for field, response in zip(fields[1:], rest):
-        length = len(encode(tokenizer, prompt, response)[0]) if tokenizer else 0
+        if not tokenizer or not isinstance(response, str):
+            continue
+        length = len(encode(tokenizer, prompt, response)[0])
         if length > block_size:
             raise ValueError(f'prompt and "{field}" take {length} tokens, the model {block_size}')
-    return texts
+    return values
 
 
 def hold_out(rows: list[tuple], path: str) -> tuple[list[tuple], list[tuple]]:

@@ -74,14 +74,15 @@ def exact_distribution(model, tokenizer, questions):
     return logps, torch.tensor(rewards, dtype=torch.float64)
 
 
-def measure(policy, reference, tokenizer, questions, config):
+def measure(policy, reference, tokenizer, questions, exact, config):
     """True reward and KL by question, (Q,) each, of {"reference", "policy", "optimum"}; a bracket.
 
-    The reference's and the optimum's are sums over all responses (Eq. 4), the policy's are means of
-    config.eval_samples fresh samples a question. The bracket is how far the optimum's objective
-    moves if the texts outside the grammar are left out of Z(x).
+    The reference's and the optimum's are sums over all responses (Eq. 4), of which exact is the
+    reference's exact_distribution(); the policy's are means of config.eval_samples fresh samples a
+    question. The bracket is how far the optimum's objective moves if the texts outside the grammar
+    are left out of Z(x).
     """
-    logps, rewards = exact_distribution(reference, tokenizer, questions)
+    logps, rewards = exact
     best_logps, log_z = dpo.optimal_logps(logps, rewards, config.beta)
     best = best_logps.exp()  # (Q, N + 1)
     _, log_z_listed = dpo.optimal_logps(logps[:, :-1], rewards[:, :-1], config.beta)
@@ -116,9 +117,9 @@ def summarise(rows, beta, resamples=1000):
     return summary
 
 
-def print_table(title, summary, bracket):
+def print_table(title, summary, bracket, name):
     print(f"\n{title:<20}E[reward]      KL(π‖π_ref)     J = E[r] − βKL     optimality")
-    names = {"reference": "reference", "policy": "DPO", "optimum": "optimum, Eq. 4"}
+    names = {"reference": "reference", "policy": name, "optimum": "optimum, Eq. 4"}
     for row, v in summary.items():
         print(
             f"{names[row]:<16}{v['reward']:6.3f} ± {v['reward_se']:.3f}  {v['kl']:6.3f} ± "

@@ -15,6 +15,7 @@ import time
 from dataclasses import dataclass
 
 import torch
+from tqdm import tqdm
 
 import data
 import dpo
@@ -107,8 +108,10 @@ def write_pairs(path, pairs):
 
 def read_pairs(config, tokenizer, block_size):
     """Somebody's own file -> (pairs, pairs held out, held-out prompts to sample from)."""
-    fields = ("prompt", "chosen", "rejected")
+    fields = data.fields_of(config.pairs)
     pairs = data.read_jsonl(config.pairs, fields, tokenizer, block_size, config.skip_bad)
+    if fields[-1] == "rating":
+        pairs = data.pairs_from_ratings(pairs, config.pairs)
     train, held_out = data.hold_out(pairs, config.pairs)
     prompts = list(dict.fromkeys(prompt for prompt, _, _ in held_out))
     longest = block_size - config.max_new_tokens
@@ -148,25 +151,30 @@ def noise_limits(pairs):
 
 
 def prepare_pairs(reference, tokenizer, pairs):
-    """Texts -> what train() takes. The reference's log-probabilities are computed here, once."""
-    chosen, rejected = (
-        [data.encode(tokenizer, pair[0], pair[i]) for pair in pairs] for i in (1, 2)
-    )
-    ref_chosen_logps, ref_rejected_logps = (
-        evaluate.response_logps(reference, examples, tokenizer.eot_token)
-        for examples in (chosen, rejected)
-    )
-    return chosen, rejected, ref_chosen_logps, ref_rejected_logps
+    """Texts -> what train() takes: the sides, chosen and rejected, each a list of (ids, mask), and
+    what is given of them: the reference's log-probabilities, computed here, once."""
+    if isinstance(pairs[0][2], bool):
+        raise SystemExit(
+            "thumbs up and down make no pairs: python variants/train_variant.py --loss kto"
+        )
+    sides = [[data.encode(tokenizer, pair[0], pair[i]) for pair in pairs] for i in (1, 2)]
+    return sides, [evaluate.response_logps(reference, side, tokenizer.eot_token) for side in sides]
 
 
 # --------------------------------------------------------------------------------------------------
 # Training
 
 
-def loss_and_metrics(
-    policy_chosen_logps, policy_rejected_logps, ref_chosen_logps, ref_rejected_logps, beta
-):
-    """Log-probabilities of a batch of pairs, (B,) each -> losses (B,), metrics to log."""
+LN2 = math.log(2)  # Eq. 7 where policy and reference are one
+
+
+def loss_and_metrics(policy_logps, lengths, ref_chosen_logps, ref_rejected_logps, beta):
+    """A batch's log-probabilities -> losses (B,), metrics to log. A variant hands in its own.
+
+    policy_logps (2B,) and lengths (2B,), in tokens, which only variants need: the chosen rows
+    before the rejected. The reference's log-probabilities (B,) each.
+    """
+    policy_chosen_logps, policy_rejected_logps = policy_logps.chunk(2)
     losses, chosen_rewards, rejected_rewards = dpo.dpo_loss(
         policy_chosen_logps, policy_rejected_logps, ref_chosen_logps, ref_rejected_logps, beta
     )
@@ -187,57 +195,68 @@ def train_step(policy, optimizer, batch, beta, loss_fn=loss_and_metrics):
     batch: ids and mask (2B, T), the chosen rows before the rejected; then the reference's
     log-probabilities of the chosen and of the rejected responses, (B,) each.
     """
-    ids, mask, *ref_logps = batch
+    ids, mask, *given = batch
     logits = policy(ids)  # (2B, T, V)
-    policy_logps = dpo.sequence_logps(logits, ids, mask).chunk(2)  # chosen, rejected: (B,) each
-    losses, metrics = loss_fn(*policy_logps, *ref_logps, beta)
-    loss = losses.mean()
+    policy_logps = dpo.sequence_logps(logits, ids, mask)  # (2B,)
+    losses, metrics = loss_fn(policy_logps, mask.sum(dim=1), *given, beta)
+    return {"loss": losses.mean().detach(), **metrics, **descend(losses.mean(), policy, optimizer)}
+
+
+def descend(loss, model, optimizer):
+    """Backward and one step of the optimizer -> the gradient's norm, as a metric."""
     optimizer.zero_grad(set_to_none=True)
     loss.backward()
-    grad_norm = torch.nn.utils.get_total_norm([p.grad for p in policy.parameters()])
+    grad_norm = torch.nn.utils.get_total_norm([p.grad for p in model.parameters()])
     if not (loss + grad_norm).isfinite():
         raise FloatingPointError(f"loss {loss.item()}, norm of its gradient {grad_norm.item()}")
     optimizer.step()
-    return {"loss": loss.detach(), **metrics, "grad_norm": grad_norm}
+    return {"grad_norm": grad_norm}
 
 
-def train(policy, pairs, steps, batch_size, config, pad, loss_fn=loss_and_metrics):
-    """Yields the metrics of each of `steps` steps. pairs: what prepare_pairs() returns."""
-    chosen, rejected, ref_chosen_logps, ref_rejected_logps = pairs
-    device = policy.wte.weight.device
+def make_optimizer(model, config):
     if config.optimizer == "sgd":
-        optimizer = torch.optim.SGD(policy.parameters(), config.lr, config.momentum)
-    else:
-        optimizer = torch.optim.AdamW(policy.parameters(), config.lr, weight_decay=0)
-    for step, rows in enumerate(data.batches(len(chosen), batch_size, steps, config.seed)):
+        return torch.optim.SGD(model.parameters(), config.lr, config.momentum)
+    return torch.optim.AdamW(model.parameters(), config.lr, weight_decay=0)
+
+
+def count_steps(config, count):
+    """-> (pairs a step, steps)."""
+    batch_size = min(config.batch_size, count)
+    return batch_size, max(1, config.epochs * count // batch_size)
+
+
+def train(policy, dataset, config, pad, loss_fn=loss_and_metrics, first_loss=LN2):
+    """Yields the metrics of each step. dataset: what prepare_pairs() returns."""
+    sides, given = dataset
+    device = policy.wte.weight.device
+    optimizer = make_optimizer(policy, config)
+    batch_size, steps = count_steps(config, len(sides[0]))
+    for step, rows in enumerate(data.batches(len(sides[0]), batch_size, steps, config.seed)):
         lr = optimizer.param_groups[0]["lr"] = config.lr * schedule(step, steps)
-        examples = [chosen[i] for i in rows] + [rejected[i] for i in rows]
-        batch = *data.collate(examples, pad), ref_chosen_logps[rows], ref_rejected_logps[rows]
+        examples = [side[i] for side in sides for i in rows]
+        batch = *data.collate(examples, pad), *(tensor[rows] for tensor in given)
         batch = [tensor.to(device) for tensor in batch]
         metrics = train_step(policy, optimizer, batch, config.beta, loss_fn)
+        if step == 0 and first_loss is not None:
+            check_first_loss(metrics["loss"].item(), first_loss, config)
         yield {name: value.item() for name, value in metrics.items()} | {"lr": lr}
 
 
 SHOWN = ("loss", "rewards/margins", "rewards/accuracies")
 
 
-def run(policy, pairs, config, pad, probe, save, loss_fn=loss_and_metrics):
+def run(training, steps, config, name, probe, save, shown=SHOWN):
     """Train to the end; ten times on the way, probe() fresh samples and save() the weights.
 
-    Every step's metrics, and the probes', are a line of dpo.jsonl. Returns the last lines.
+    training yields the metrics of each of `steps` steps. They, and the probes', are the lines of
+    NAME.jsonl. Returns the last ones.
     """
-    batch_size = min(config.batch_size, len(pairs[0]))
-    steps = max(1, config.epochs * len(pairs[0]) // batch_size)
-    bar, recent, step = evaluate.progress(range(1, steps + 1), "DPO"), [], 0
-    with open(f"{config.out}/dpo.jsonl", "w", buffering=1) as log:
+    bar, recent, step = evaluate.progress(range(1, steps + 1), name), [], 0
+    with open(f"{config.out}/{name}.jsonl", "w", buffering=1) as log:
         try:
-            for step, metrics in zip(
-                bar, train(policy, pairs, steps, batch_size, config, pad, loss_fn)
-            ):
-                if step == 1:
-                    bar.write(check_first_loss(metrics["loss"], config))
+            for step, metrics in zip(bar, training):
                 recent = [*recent[-49:], metrics]
-                line = average(recent, SHOWN)
+                line = average(recent, shown)
                 bar.set_postfix_str(line, refresh=False)
                 if step * 10 // steps > (step - 1) * 10 // steps:
                     fresh = probe()
@@ -258,13 +277,16 @@ def average(recent, names):
     return "  ".join(f"{name} {mean:.3f}" for name, mean in means.items())
 
 
-def check_first_loss(loss, config):
-    """At step 0 policy and reference are one, each margin is 0, and −log σ(0) = ln 2."""
+def check_first_loss(loss, first_loss, config):
+    """At step 0 policy and reference are one: each margin is 0, and −log σ(0) = ln 2."""
     # log π comes from other batches here than there: its last bits differ, in bfloat16 its second.
     tolerance = max(1, config.beta) * (1e-3 if config.dtype == "float32" else 5e-2)
-    if abs(loss - math.log(2)) > tolerance:
-        raise SystemExit(f"loss at step 0: {loss:.4f}, not ln 2: the policy is not the reference")
-    return f"loss at step 0: {loss:.4f} (ln 2)"
+    expected = "ln 2" if first_loss == LN2 else f"{first_loss:.4f}"
+    if abs(loss - first_loss) > tolerance * max(1, first_loss):
+        raise SystemExit(
+            f"loss at step 0: {loss:.4f}, not {expected}: the policy is not the reference"
+        )
+    tqdm.write(f"loss at step 0: {loss:.4f} ({expected})")
 
 
 # --------------------------------------------------------------------------------------------------
@@ -284,20 +306,12 @@ def village_probe(policy, reference, tokenizer, config):
     }
 
 
-def own_probe(policy, reference, tokenizer, held_out, prompts, config):
+def own_probe(policy, reference, tokenizer, held_out, prompts, config, loss_fn):
     """What can be known of somebody's own held-out pairs, without a true reward."""
-    chosen, rejected, ref_chosen_logps, ref_rejected_logps = held_out
-    policy_chosen_logps, policy_rejected_logps = (
-        evaluate.response_logps(policy, examples, tokenizer.eot_token)
-        for examples in (chosen, rejected)
-    )
-    losses, metrics = loss_and_metrics(
-        policy_chosen_logps,
-        policy_rejected_logps,
-        ref_chosen_logps,
-        ref_rejected_logps,
-        config.beta,
-    )
+    sides, given = held_out
+    policy_logps = [evaluate.response_logps(policy, side, tokenizer.eot_token) for side in sides]
+    lengths = torch.tensor([sum(mask) for side in sides for _, mask in side])
+    losses, metrics = loss_fn(torch.cat(policy_logps), lengths, *given, config.beta)
     texts, log_ratios = evaluate.fresh_samples(policy, reference, tokenizer, prompts, config)
     return {
         "held-out/loss": losses.mean().item(),
@@ -307,71 +321,101 @@ def own_probe(policy, reference, tokenizer, held_out, prompts, config):
     }
 
 
-def village_report(policy, reference, tokenizer, config):
+def village_report(policy, reference, tokenizer, config, name):
     _, held_out, never = data.split_questions()
     held_out, never = held_out[: config.eval_questions], never[: config.eval_questions]
     evaluate.print_answers(reference, policy, tokenizer, held_out[:8], config)
     reports = []
     for title, questions in (("held-out questions", held_out), ("facts never asked", never)):
-        rows, bracket = evaluate.measure(policy, reference, tokenizer, questions, config)
+        exact = evaluate.exact_distribution(reference, tokenizer, questions)
+        rows, bracket = evaluate.measure(policy, reference, tokenizer, questions, exact, config)
         reports.append(evaluate.summarise(rows, config.beta))
-        evaluate.print_table(title, reports[-1], bracket)
+        evaluate.print_table(title, reports[-1], bracket, name)
     return reports[0] | {"never_asked": reports[1]}
 
 
-def main():
-    config = read_config(Config, "train_dpo.py")
+STARTED = time.perf_counter()
+
+
+def lap(seconds, stage):
+    """Note how long a stage took: all the time that no stage before it has taken."""
+    seconds[stage] = round(time.perf_counter() - STARTED - sum(seconds.values()), 1)
+
+
+def start(config):
+    """-> (policy, frozen reference, tokenizer), the policy a copy of the reference."""
     device = prepare(config)
     reference, tokenizer = load_checkpoint(config, device)
     policy = copy.deepcopy(reference).requires_grad_(True)
     for model in (reference, policy):
         set_speed(model, config, device)
-    seconds, clock = {}, time.perf_counter()
+    return policy, reference, tokenizer
 
-    def lap(stage):
-        nonlocal clock
-        seconds[stage], clock = round(time.perf_counter() - clock, 1), time.perf_counter()
+
+def train_and_report(
+    name, training, steps, models, config, seconds, shown=SHOWN, own=None, extra=()
+):
+    """The second half of every trainer: train, measure, and write NAME.pt, .jsonl and .json.
+
+    models: what start() returns. own: a probe for somebody's own data, where there is no truth.
+    extra: what else the report should hold.
+    """
+    policy, reference, tokenizer = models
+    path = f"{config.out}/{name}"
 
     def save():
-        gpt.save(f"{config.out}/dpo.pt", policy, tokens=data.tokens_of(tokenizer))
+        gpt.save(f"{path}.pt", policy, tokens=data.tokens_of(tokenizer))
 
+    def probe():
+        return own() if own else village_probe(*models, config)
+
+    if os.path.exists(f"{path}.json"):
+        os.remove(f"{path}.json")  # the report of another run
+    recent = run(training, steps, config, name, probe, save, shown)
+    print(f"last {len(recent)} steps:", average(recent, shown))
+    lap(seconds, "training")
+    if own:
+        report = probe()
+        print("\nheld out:", average([report], report))
+    else:
+        report = village_report(*models, config, name)
+    lap(seconds, "measuring")
+    report |= {**dict(extra), "seconds": seconds, "config": vars(config), "seed": config.seed}
+    with open(f"{path}.json.tmp", "w") as file:
+        json.dump(report, file, indent=1)
+    os.replace(f"{path}.json.tmp", f"{path}.json")
+    print(f"\nwrote {name}.pt, .jsonl and .json to {config.out}/; seconds: {seconds}")
+
+
+def align(name, models, config, prepare=prepare_pairs, loss_fn=loss_and_metrics, first_loss=LN2):
+    """Pairs -> training -> measurement. A variant changes the last three arguments."""
+    policy, reference, tokenizer = models
+    seconds, own, extra = {}, None, {}
     block_size = reference.config.block_size
     if config.pairs:
         pairs, held_out, prompts = read_pairs(config, tokenizer, block_size)
-        held_out = prepare_pairs(reference, tokenizer, held_out)
+        held_out = prepare(reference, tokenizer, held_out)
+
+        def own():
+            return own_probe(*models, held_out, prompts, config, loss_fn)
     else:
         check_village_fits(tokenizer, block_size, config)
         pairs = sample_pairs(reference, tokenizer, config)
         write_pairs(f"{config.out}/pairs.jsonl", pairs)
-        limits = noise_limits(pairs)
+        limits = extra["pairs"] = noise_limits(pairs)
         print("labels this noisy allow at best:", average([limits], limits))
-    lap("pairs")
-    prepared = prepare_pairs(reference, tokenizer, pairs)
-    lap("reference log-probabilities")
-    print("a chosen response, scored tokens marked:", data.paint(tokenizer, *prepared[0][0]))
+    lap(seconds, "pairs")
+    dataset = prepare(reference, tokenizer, pairs)
+    lap(seconds, "reference log-probabilities")
+    print("a chosen response, scored tokens marked:", data.paint(tokenizer, *dataset[0][0][0]))
+    training = train(policy, dataset, config, tokenizer.eot_token, loss_fn, first_loss)
+    _, steps = count_steps(config, len(dataset[0][0]))
+    train_and_report(name, training, steps, models, config, seconds, own=own, extra=extra)
 
-    def probe():
-        if config.pairs:
-            return own_probe(policy, reference, tokenizer, held_out, prompts, config)
-        return village_probe(policy, reference, tokenizer, config)
 
-    if os.path.exists(f"{config.out}/dpo.json"):
-        os.remove(f"{config.out}/dpo.json")  # the report of another run
-    recent = run(policy, prepared, config, tokenizer.eot_token, probe, save)
-    print(f"last {len(recent)} steps:", average(recent, SHOWN))
-    lap("training")
-    if config.pairs:
-        evaluate.print_answers(reference, policy, tokenizer, prompts[:8], config)
-        report = probe()
-        print("\nheld out:", average([report], report))
-    else:
-        report = village_report(policy, reference, tokenizer, config) | {"pairs": limits}
-    lap("measuring")
-    report |= {"seconds": seconds, "config": vars(config), "seed": config.seed}
-    with open(f"{config.out}/dpo.json.tmp", "w") as file:
-        json.dump(report, file, indent=1)
-    os.replace(f"{config.out}/dpo.json.tmp", f"{config.out}/dpo.json")
-    print(f"\nwrote dpo.pt, dpo.jsonl and dpo.json to {config.out}/; seconds: {seconds}")
+def main():
+    config = read_config(Config, "train_dpo.py")
+    align("dpo", start(config), config)
 
 
 if __name__ == "__main__":

@@ -42,8 +42,11 @@ class Config:
     compile: bool = False
 
 
-def read_config(cls, script):
-    """The dataclass's fields as flags of the same names; a mistake ends the run in one line."""
+def read_config(cls, script, **defaults):
+    """The dataclass's fields as flags of the same names; a mistake ends the run in one line.
+
+    defaults: in place of the dataclass's own.
+    """
 
     def refuse(message):
         raise SystemExit(f"{script}: {message}")
@@ -51,11 +54,14 @@ def read_config(cls, script):
     parser = argparse.ArgumentParser(prog=script, allow_abbrev=False)
     parser.error = refuse
     for field in fields(cls):
-        flag = "--" + field.name.replace("_", "-")
+        flag = "--" + field.name.strip("_").replace("_", "-")
+        default = defaults.get(field.name, field.default)
         if field.type is bool:
             parser.add_argument(flag, action="store_true")
         else:
-            parser.add_argument(flag, type=field.type, default=field.default, metavar=field.default)
+            parser.add_argument(
+                flag, dest=field.name, type=field.type, default=default, metavar=default
+            )
     config = cls(**vars(parser.parse_args()))
     for field in fields(cls):
         value, may_be_zero = getattr(config, field.name), field.name in ("seed", "momentum")

@@ -107,7 +107,8 @@ def test_brute_force_agrees_with_the_known_reference_and_with_sampling(known, to
 def test_measure_gives_a_policy_that_is_the_reference_its_exact_reward_and_no_kl(known, tokenizer):
     question = data.split_questions()[1][0]
     config = SimpleNamespace(seed=1, max_new_tokens=24, eval_samples=4000, beta=0.5)
-    rows, bracket = evaluate.measure(known, known, tokenizer, [question], config)
+    exact = evaluate.exact_distribution(known, tokenizer, [question])
+    rows, bracket = evaluate.measure(known, known, tokenizer, [question], exact, config)
     weights = known.weights[tuple(tokenizer.encode_ordinary(question))]
     rewards = torch.tensor([*data.responses(question).values(), -3.0], dtype=torch.float64)
     exact = (weights * rewards).sum()
@@ -127,7 +128,8 @@ def test_measure_knows_another_policys_reward_and_kl(known, tokenizer):
     question = data.split_questions()[1][0]
     policy = KnownReference(tokenizer, [question], power=3)
     config = SimpleNamespace(seed=1, max_new_tokens=24, eval_samples=4000, beta=0.5)
-    rows, _ = evaluate.measure(policy, known, tokenizer, [question], config)
+    exact = evaluate.exact_distribution(known, tokenizer, [question])
+    rows, _ = evaluate.measure(policy, known, tokenizer, [question], exact, config)
     prompt = tuple(tokenizer.encode_ordinary(question))
     p, q = policy.weights[prompt], known.weights[prompt]
     rewards = torch.tensor([*data.responses(question).values(), -3.0], dtype=torch.float64)
@@ -211,7 +213,7 @@ def setup(tokenizer):
     reference.requires_grad_(False)
     train, *_ = data.split_questions()
     pairs = [(q, *[*data.responses(q)][3 * i : 3 * i + 2]) for i, q in enumerate(train[:20])]
-    config = train_dpo.Config(lr=0.01, beta=0.5)
+    config = train_dpo.Config(lr=0.01, beta=0.5, batch_size=8, epochs=2)
     return reference, train_dpo.prepare_pairs(reference, tokenizer, pairs), config
 
 
@@ -219,7 +221,7 @@ def test_the_reference_has_no_gradient_and_does_not_move_by_a_bit(setup, tokeniz
     reference, pairs, config = setup
     before = copy.deepcopy(reference.state_dict())
     policy = copy.deepcopy(reference).requires_grad_(True)
-    metrics = list(train_dpo.train(policy, pairs, 5, 8, config, tokenizer.eot_token))
+    metrics = list(train_dpo.train(policy, pairs, config, tokenizer.eot_token))
     assert metrics[0]["loss"] == pytest.approx(math.log(2), abs=1e-6)
     assert all(torch.equal(value, before[name]) for name, value in reference.state_dict().items())
     assert all(p.grad is None and not p.requires_grad for p in reference.parameters())
@@ -231,11 +233,11 @@ def test_logged_rewards_are_against_the_frozen_reference(setup, tokenizer):
     reference, pairs, config = setup
     policy = copy.deepcopy(reference).requires_grad_(True)
     states, metrics = [], []
-    for line in train_dpo.train(policy, pairs, 4, 8, config, tokenizer.eot_token):
+    for line in train_dpo.train(policy, pairs, config, tokenizer.eot_token):
         metrics.append(line)
         states.append(copy.deepcopy(policy))
-    rows = list(data.batches(20, 8, 4, config.seed))[3]
-    ids, mask = data.collate([pairs[0][i] for i in rows] + [pairs[1][i] for i in rows], 0)
+    rows = list(data.batches(20, 8, 5, config.seed))[3]
+    ids, mask = data.collate([side[i] for side in pairs[0] for i in rows], 0)
     logps = dpo.sequence_logps(states[2](ids), ids, mask)
     gain = 0.5 * (logps - dpo.sequence_logps(reference(ids), ids, mask))
     margins = gain[:8] - gain[8:]
@@ -250,7 +252,7 @@ def test_logged_rewards_are_against_the_frozen_reference(setup, tokenizer):
 
 def test_supervised_loss_is_minus_the_response_logp(setup):
     """Fine-tuning scores the response only, each token under the one before it."""
-    reference, (chosen, *_), _ = setup
+    reference, ((chosen, _), _), _ = setup
     ids, mask = data.collate(chosen, 0)
     losses = train_sft.token_losses(reference, ids, mask)
     assert len(losses) == mask.sum()
@@ -266,15 +268,16 @@ def test_schedule_by_hand():
     assert 0 < train_sft.schedule(39, 40) < 0.01
 
 
-def test_a_policy_that_is_not_the_reference_is_found_at_step_0():
+def test_a_policy_that_is_not_the_reference_is_found_at_step_0(capsys):
     config = train_dpo.Config(beta=0.5)
-    assert "0.6931 (ln 2)" in train_dpo.check_first_loss(math.log(2), config)
+    train_dpo.check_first_loss(math.log(2), train_dpo.LN2, config)
+    assert "0.6931 (ln 2)" in capsys.readouterr().out
     with pytest.raises(SystemExit, match="not ln 2"):
-        train_dpo.check_first_loss(0.6951, config)
+        train_dpo.check_first_loss(0.6951, train_dpo.LN2, config)
 
 
 def test_precomputed_reference_logps_equal_live_ones(setup):
-    reference, (chosen, rejected, ref_chosen, ref_rejected), _ = setup
+    reference, ((chosen, rejected), (ref_chosen, ref_rejected)), _ = setup
     for examples, logps in ((chosen, ref_chosen), (rejected, ref_rejected)):
         for example, logp in zip(examples, logps):
             ids, mask = data.collate([example], 0)
@@ -283,7 +286,7 @@ def test_precomputed_reference_logps_equal_live_ones(setup):
 
 
 def test_one_step_raises_the_margin_of_its_pairs(setup):
-    reference, (chosen, rejected, ref_chosen, ref_rejected), config = setup
+    reference, ((chosen, rejected), (ref_chosen, ref_rejected)), config = setup
     policy = copy.deepcopy(reference).requires_grad_(True)
     optimizer = torch.optim.SGD(policy.parameters(), config.lr)
     ids, mask = data.collate(chosen + rejected, 0)

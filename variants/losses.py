@@ -1,0 +1,225 @@
+"""DPO's family, side by side: what changes when one thing about Eq. 7 changes.
+
+    s = log π_θ − log π_ref of a response     Δ = s_w − s_l, so that Eq. 7 is −log σ(βΔ)
+    l = log π_θ, a sum over tokens            l̄ = l / length, a mean: only where it says so
+
+All take log-probabilities (B,) and return losses (B,), without reduction. The losses of pairs share
+dpo_loss's call. `python variants/train_variant.py --loss NAME` trains with any of them.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from dpo import dpo_loss
+
+
+def both_ways(
+    policy_chosen_logps, policy_rejected_logps, ref_chosen_logps, ref_rejected_logps, beta
+):
+    """Eq. 7 of each pair as it is labelled, and as if its label were flipped."""
+    labelled, _, _ = dpo_loss(
+        policy_chosen_logps, policy_rejected_logps, ref_chosen_logps, ref_rejected_logps, beta
+    )
+    flipped, _, _ = dpo_loss(
+        policy_rejected_logps, policy_chosen_logps, ref_rejected_logps, ref_chosen_logps, beta
+    )
+    return labelled, flipped
+
+
+# --------------------------------------------------------------------------------------------------
+# cDPO: Mitchell 2023, "A note on DPO with noisy preferences & relationship to IPO".
+# A label is believed to be right only with probability 1 − ε, so that the best margin is finite.
+
+
+def cdpo_loss(
+    policy_chosen_logps: Tensor,
+    policy_rejected_logps: Tensor,
+    ref_chosen_logps: Tensor,
+    ref_rejected_logps: Tensor,
+    beta: float,
+    label_smoothing: float,
+) -> Tensor:
+    labelled, flipped = both_ways(
+        policy_chosen_logps, policy_rejected_logps, ref_chosen_logps, ref_rejected_logps, beta
+    )
+    return (1 - label_smoothing) * labelled + label_smoothing * flipped
+
+
+# --------------------------------------------------------------------------------------------------
+# Robust DPO: Chowdhury et al. 2024, arXiv:2403.00409.
+# If labels were flipped with probability ε, this is DPO's loss of the clean ones on average. The
+# price: the flipped label's loss enters with a minus, so that there is no lower bound.
+
+
+def robust_loss(
+    policy_chosen_logps: Tensor,
+    policy_rejected_logps: Tensor,
+    ref_chosen_logps: Tensor,
+    ref_rejected_logps: Tensor,
+    beta: float,
+    label_smoothing: float,
+) -> Tensor:
+    if not 0 <= label_smoothing < 0.5:
+        raise ValueError(f"label_smoothing must be in [0, 0.5), not {label_smoothing}")
+    labelled, flipped = both_ways(
+        policy_chosen_logps, policy_rejected_logps, ref_chosen_logps, ref_rejected_logps, beta
+    )
+    return ((1 - label_smoothing) * labelled - label_smoothing * flipped) / (
+        1 - 2 * label_smoothing
+    )
+
+
+# --------------------------------------------------------------------------------------------------
+# IPO: Azar et al. 2023, arXiv:2310.12036, Eq. 17.
+# A finite target for the log-ratio in place of a sigmoid that always asks for more.
+# The paper's Δ is a sum over tokens; some trainers average (TRL does). β (the paper's τ) means
+# something else in each, and neither is the β of Eq. 3 under Bradley-Terry.
+
+
+def ipo_loss(
+    policy_chosen_logps: Tensor,
+    policy_rejected_logps: Tensor,
+    ref_chosen_logps: Tensor,
+    ref_rejected_logps: Tensor,
+    beta: float,
+    average: bool = False,
+    *,
+    chosen_lengths: Tensor | None = None,
+    rejected_lengths: Tensor | None = None,
+) -> Tensor:
+    chosen = policy_chosen_logps - ref_chosen_logps
+    rejected = policy_rejected_logps - ref_rejected_logps
+    if average:
+        chosen, rejected = chosen / chosen_lengths, rejected / rejected_lengths
+    return (chosen - rejected - 1 / (2 * beta)) ** 2
+
+
+# --------------------------------------------------------------------------------------------------
+# Hinge: Liu et al. 2023 (RSO), arXiv:2309.06657.
+# Once a pair is told apart by a margin of 1, it is left alone. SLiC-HF (arXiv:2305.10425) has the
+# same hinge without a reference.
+
+
+def hinge_loss(
+    policy_chosen_logps: Tensor,
+    policy_rejected_logps: Tensor,
+    ref_chosen_logps: Tensor,
+    ref_rejected_logps: Tensor,
+    beta: float,
+) -> Tensor:
+    chosen = policy_chosen_logps - ref_chosen_logps
+    rejected = policy_rejected_logps - ref_rejected_logps
+    return F.relu(1 - beta * (chosen - rejected))
+
+
+# --------------------------------------------------------------------------------------------------
+# RPO: Pang et al. 2024 (iterative reasoning preference optimization), arXiv:2404.19733, Eq. 1.
+# DPO plus the chosen response's SFT loss, by length: chosen must stay likely, not only likelier.
+
+
+def rpo_loss(
+    policy_chosen_logps: Tensor,
+    policy_rejected_logps: Tensor,
+    ref_chosen_logps: Tensor,
+    ref_rejected_logps: Tensor,
+    beta: float,
+    alpha: float,
+    *,
+    chosen_lengths: Tensor,
+    rejected_lengths: Tensor | None = None,
+) -> Tensor:
+    losses, _, _ = dpo_loss(
+        policy_chosen_logps, policy_rejected_logps, ref_chosen_logps, ref_rejected_logps, beta
+    )
+    return losses - alpha * policy_chosen_logps / chosen_lengths
+
+
+# --------------------------------------------------------------------------------------------------
+# SimPO: Meng et al. 2024, arXiv:2405.14734, Eq. 6.
+# The reward is the mean log-probability of a token itself, which is what decoding follows; no
+# reference (those arguments are unused), so nothing bounds the KL. The margin asked for is γ, as in
+# the paper; trainers that take γ/β ("gamma_beta_ratio") mean another number.
+
+
+def simpo_loss(
+    policy_chosen_logps: Tensor,
+    policy_rejected_logps: Tensor,
+    ref_chosen_logps: Tensor,
+    ref_rejected_logps: Tensor,
+    beta: float,
+    gamma: float,
+    *,
+    chosen_lengths: Tensor,
+    rejected_lengths: Tensor,
+) -> Tensor:
+    difference = policy_chosen_logps / chosen_lengths - policy_rejected_logps / rejected_lengths
+    return -F.logsigmoid(beta * difference - gamma)
+
+
+# --------------------------------------------------------------------------------------------------
+# ORPO: Hong et al. 2024, arXiv:2403.07691, Eq. 6 and 7.
+# SFT on the chosen response and a preference for its odds in one pass, from the pretrained model.
+# No reference and no β: those arguments are unused.
+
+
+def orpo_loss(
+    policy_chosen_logps: Tensor,
+    policy_rejected_logps: Tensor,
+    ref_chosen_logps: Tensor,
+    ref_rejected_logps: Tensor,
+    beta: float,
+    lambda_: float,
+    *,
+    chosen_lengths: Tensor,
+    rejected_lengths: Tensor,
+) -> Tensor:
+    chosen = policy_chosen_logps / chosen_lengths
+    rejected = policy_rejected_logps / rejected_lengths
+    # log odds = log p − log(1 − p); expm1 keeps 1 − exp(−1e-8) from rounding to zero.
+    log_odds_chosen, log_odds_rejected = (
+        mean - torch.log(-torch.expm1(mean.clamp(max=-1e-12))) for mean in (chosen, rejected)
+    )
+    return -chosen - lambda_ * F.logsigmoid(log_odds_chosen - log_odds_rejected)
+
+
+# --------------------------------------------------------------------------------------------------
+# KTO: Ethayarajh et al. 2024, arXiv:2402.01306, Eq. 8.
+# Thumbs up or down on single responses in place of pairs: a response is worth its s above what the
+# policy gains on anything, z.
+
+
+def kto_reference_point(policy_logps: Tensor, ref_logps: Tensor) -> Tensor:
+    """z: an estimate of KL(π_θ‖π_ref) from prompts with other prompts' responses (B,) -> ().
+
+    No gradient passes. Raises ValueError for a batch of one, which has no other prompt.
+    """
+    if len(policy_logps) < 2:
+        raise ValueError("KTO needs at least 2 examples in a batch: one has nothing to mismatch")
+    return (policy_logps - ref_logps).mean().clamp(min=0).detach()
+
+
+def kto_loss(
+    policy_logps: Tensor,
+    ref_logps: Tensor,
+    desirable: Tensor,
+    z_ref: Tensor,
+    beta: float,
+    lambda_d: float = 1.0,
+    lambda_u: float = 1.0,
+) -> Tensor:
+    """desirable (B,) bool; z_ref () from kto_reference_point()."""
+    above = beta * (policy_logps - ref_logps - z_ref.detach())
+    value_desirable = lambda_d - lambda_d * torch.sigmoid(above)
+    value_undesirable = lambda_u - lambda_u * torch.sigmoid(-above)
+    return torch.where(desirable, value_desirable, value_undesirable)
+
+
+# --------------------------------------------------------------------------------------------------
+# SPPO: Wu et al. 2024, arXiv:2405.00675.
+# Regression on a response's own win probability P against the policy that wrote it: both
+# log-probabilities are pinned, where Eq. 7 pins their difference only. β is the paper's 1/η.
+
+
+def sppo_loss(policy_logps: Tensor, ref_logps: Tensor, win_probs: Tensor, beta: float) -> Tensor:
+    return (policy_logps - ref_logps - (win_probs - 0.5) / beta) ** 2
