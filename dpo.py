@@ -21,20 +21,25 @@ import torch.nn.functional as F
 from torch import Tensor
 
 
-def sequence_logps(logits: Tensor, ids: Tensor, mask: Tensor) -> Tensor:
-    """log π(y|x) of every row: a sum over the response's tokens, never a mean.
+def token_logps(logits: Tensor, ids: Tensor, mask: Tensor) -> Tensor:
+    """log π of every token that is scored, 0 at the others: (B, T, V), (B, T), (B, T) -> (B, T-1).
 
-    logits (B, T, V), ids (B, T) int64, mask (B, T) bool, True on the tokens to score -> (B,),
-    float32, or float64 for float64 logits. A token that is not scored may be any valid id.
+    logits (B, T, V), ids (B, T) int64, mask (B, T) bool, True on the tokens to score. float32, or
+    float64 for float64 logits. A token that is not scored may be any valid id.
     """
     assert mask.dtype == torch.bool and ids.shape == mask.shape == logits.shape[:2]
     if logits.dtype != torch.float64:
         logits = logits.float()  # bfloat16 keeps 8 bits: too few for a sum over a sequence
     # The shift by one: the logits at position t predict the token at t + 1.
     logits, targets, scored = logits[:, :-1], ids[:, 1:], mask[:, 1:]
-    token_logps = F.log_softmax(logits, dim=-1)  # (B, T-1, V)
-    token_logps = token_logps.gather(2, targets[:, :, None])[:, :, 0]  # (B, T-1)
-    return token_logps.masked_fill(~scored, 0).sum(dim=1)  # (B,)
+    logps = F.log_softmax(logits, dim=-1)  # (B, T-1, V)
+    logps = logps.gather(2, targets[:, :, None])[:, :, 0]  # (B, T-1)
+    return logps.masked_fill(~scored, 0)
+
+
+def sequence_logps(logits: Tensor, ids: Tensor, mask: Tensor) -> Tensor:
+    """log π(y|x) of every row (B,): a sum over the response's tokens, never a mean."""
+    return token_logps(logits, ids, mask).sum(dim=1)
 
 
 def dpo_loss(

@@ -18,13 +18,14 @@ def progress(items, label):
     return tqdm(items, desc=label, disable=not sys.stderr.isatty(), leave=False)
 
 
-def sample_responses(model, tokenizer, prompts, config, label):
+def sample_responses(model, tokenizer, prompts, config, label, generator=None):
     """One response a prompt -> (ids, mask) examples, and texts, None for a response cut off.
 
-    The generator starts from config.seed each time, so that two policies meet the same chances.
+    Without a generator, one starts from config.seed, so that two policies meet the same chances.
     """
     end, examples, texts = tokenizer.eot_token, [], []
-    generator = torch.Generator(model.wte.weight.device).manual_seed(config.seed)
+    if generator is None:
+        generator = torch.Generator(model.wte.weight.device).manual_seed(config.seed)
     for start in progress(range(0, len(prompts), 1024), label):
         chunk = [tokenizer.encode_ordinary(prompt) for prompt in prompts[start : start + 1024]]
         limit = config.max_new_tokens

@@ -223,3 +223,15 @@ def kto_loss(
 
 def sppo_loss(policy_logps: Tensor, ref_logps: Tensor, win_probs: Tensor, beta: float) -> Tensor:
     return (policy_logps - ref_logps - (win_probs - 0.5) / beta) ** 2
+
+
+# --------------------------------------------------------------------------------------------------
+# PPO's clipped objective: Schulman et al. 2017, arXiv:1707.06347, Eq. 7, for tokens; GRPO's too.
+# Not a preference loss: responses are the policy's own, and an advantage says how good each token
+# was. The clip takes away the reward for leaving, in one batch, the policy that wrote it.
+
+
+def clipped_loss(logps: Tensor, old_logps: Tensor, advantages: Tensor, clip: float) -> Tensor:
+    """All of one shape, log-probabilities of single tokens -> losses of that shape."""
+    ratio = (logps - old_logps).exp()
+    return -torch.minimum(ratio * advantages, ratio.clamp(1 - clip, 1 + clip) * advantages)

@@ -1,0 +1,154 @@
+"""GRPO (Shao et al. 2024, DeepSeekMath, arXiv:2402.03300): no pairs, no value model. The responses
+to a question are ranked against each other: advantage = (reward − group mean) / group std.
+
+    python variants/train_grpo.py             the published loss, Eq. 3
+    python variants/train_grpo.py --no-std    the plain policy gradient of the DPO paper's Eq. 3
+
+Departures: the reward is the village's own; the std is the sample's (n − 1), plus 1e-4 against 0/0;
+the samples of a step are used once, in a few minibatches; AdamW at a rate that decays to zero.
+
+Where the published loss comes to rest is not Eq. 4's optimum, for three reasons.
+  std      dividing r by the question's std σ(x) makes β σ(x) of β: a question on which all samples
+           are nearly alike is pushed as hard as one where they differ (arXiv:2503.20783, §3.1).
+  length   the mean over tokens gives short responses larger steps, for better and for worse.
+  k3       the KL estimator exp(d) − d − 1, d = log π_ref/π_θ, has the right value, but its gradient
+           under the policy's samples is that of KL(π_ref‖π_θ), the other direction. Then
+           π(y|x) = β σ π_ref(y|x) / (λ(x) − r(x, y)) maximises, a hyperbola, not an exponential.
+--no-std does without all three: only the mean is subtracted, the loss is a sum over tokens, and
+−β log π_θ/π_ref is part of the reward. Writes out/grpo.pt, .jsonl and .json.
+"""
+
+import random
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).parent.parent))  # run from anywhere
+import data
+import dpo
+import evaluate
+from train_dpo import check_village_fits, descend, make_optimizer, start, train_and_report
+from train_sft import read_config, schedule
+from variants.losses import clipped_loss
+
+
+@dataclass
+class Config:
+    seed: int = 0
+    out: str = "out"  # folder for all that is written
+    init: str = ""  # checkpoint to start from: OUT/sft.pt
+    no_std: bool = False  # the plain policy gradient
+    kl_beta: float = 0.5  # weight of the KL in training
+    beta: float = 0.5  # of Eq. 3, by which the result is judged
+    steps: int = 100  # each on fresh samples
+    questions: int = 64  # a step
+    group: int = 8  # responses a question
+    minibatches: int = 2  # of a step's samples, one update each
+    clip: float = 0.2
+    lr: float = 3e-4
+    optimizer: str = "adamw"  # or sgd
+    momentum: float = 0.9  # of sgd
+    max_new_tokens: int = 24
+    eval_questions: int = 120  # at most, of each held-out set
+    eval_samples: int = 20  # a question
+    device: str = "auto"
+    dtype: str = "float32"  # bfloat16 autocasts the forward pass
+    compile: bool = False
+
+
+def group_advantages(rewards, divide_by_std):
+    """rewards (questions, group) -> advantages of that shape; a group of equals has zeros."""
+    advantages = rewards - rewards.mean(dim=1, keepdim=True)
+    if divide_by_std:
+        advantages = advantages / (rewards.std(dim=1, keepdim=True) + 1e-4)
+    return advantages
+
+
+def grpo_loss(logps, old_logps, ref_logps, mask, advantages, clip, kl_beta):
+    """Eq. 3 with Eq. 4's k3. logps, old_logps, ref_logps, mask (B, T), advantages (B,) -> (B,)."""
+    d = ref_logps - logps
+    k3 = d.exp() - d - 1  # (B, T), at least 0
+    losses = clipped_loss(logps, old_logps, advantages[:, None], clip) + kl_beta * k3  # (B, T)
+    return losses.masked_fill(~mask, 0).sum(dim=1) / mask.sum(dim=1)
+
+
+def policy_gradient_loss(logps, old_logps, mask, advantages, clip):
+    """The same without KL (it is in the reward) and as a sum over tokens -> (B,)."""
+    losses = clipped_loss(logps, old_logps, advantages[:, None], clip)
+    return losses.masked_fill(~mask, 0).sum(dim=1)
+
+
+@torch.no_grad()
+def roll_out(policy, reference, tokenizer, prompts, config, generator):
+    """One response a prompt, by the policy as it is now.
+
+    -> texts; ids and mask (B, T); log π_θ and log π_ref of every token, (B, T-1) each.
+    """
+    examples, texts = evaluate.sample_responses(
+        policy, tokenizer, prompts, config, "samples", generator
+    )
+    ids, mask = data.collate(examples, tokenizer.eot_token)
+    ids, mask = ids.to(policy.wte.weight.device), mask.to(policy.wte.weight.device)
+    old_logps, ref_logps = (
+        dpo.token_logps(model(ids), ids, mask) for model in (policy, reference)
+    )
+    return texts, ids, mask, old_logps, ref_logps
+
+
+def train(models, config, questions, reward):
+    """Yields each step's metrics. reward(prompts, texts) -> (B,)."""
+    policy, reference, tokenizer = models
+    optimizer = make_optimizer(policy, config)
+    rng = random.Random(config.seed)
+    generator = torch.Generator(policy.wte.weight.device).manual_seed(config.seed)
+    for step in range(config.steps):
+        lr = optimizer.param_groups[0]["lr"] = config.lr * schedule(step, config.steps)
+        asked = rng.choices(questions, k=config.questions)
+        prompts = [question for question in asked for _ in range(config.group)]
+        rolled = roll_out(policy, reference, tokenizer, prompts, config, generator)
+        texts, ids, mask, old_logps, ref_logps = rolled
+        log_ratios = (old_logps - ref_logps).sum(dim=1)  # (B,)
+        rewards = reward(prompts, texts).to(ids.device)
+        scores = rewards - config.kl_beta * log_ratios if config.no_std else rewards
+        advantages = group_advantages(scores.view(-1, config.group), not config.no_std).flatten()
+        for rows in torch.randperm(len(ids), generator=generator).chunk(config.minibatches):
+            logps = dpo.token_logps(policy(ids[rows]), ids[rows], mask[rows])
+            batch = mask[rows, 1:], advantages[rows]
+            if config.no_std:
+                losses = policy_gradient_loss(logps, old_logps[rows], *batch, config.clip)
+            else:
+                args = old_logps[rows], ref_logps[rows], *batch, config.clip, config.kl_beta
+                losses = grpo_loss(logps, *args)
+            grad_norm = descend(losses.mean(), policy, optimizer)["grad_norm"].item()
+        yield {
+            "reward": rewards.mean().item(),
+            "kl": log_ratios.mean().item(),
+            "loss": losses.mean().item(),
+            "grad_norm": grad_norm,
+            "lr": lr,
+        }
+
+
+def village_reward(prompts, texts):
+    """The true reward of each response, (B,)."""
+    return torch.tensor([evaluate.true_reward(p, text) for p, text in zip(prompts, texts)])
+
+
+def main():
+    config = read_config(Config, "train_grpo.py")
+    models = _, reference, tokenizer = start(config)
+    check_village_fits(tokenizer, reference.config.block_size, config)
+    training = train(models, config, data.split_questions()[0], village_reward)
+    labels = {"labels": config.steps * config.questions * config.group}
+    print(f"{labels['labels']} true rewards will be asked for")
+    shown = ("reward", "kl", "loss")
+    train_and_report("grpo", training, config.steps, models, config, {}, shown, extra=labels)
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except KeyboardInterrupt:
+        raise SystemExit("\ninterrupted; the files already written are whole")
