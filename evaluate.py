@@ -13,9 +13,9 @@ import data
 import dpo
 
 
-def progress(items, label):
+def progress(items, label, total=None):
     """A tqdm bar on a terminal, silence in a file."""
-    return tqdm(items, desc=label, disable=not sys.stderr.isatty(), leave=False)
+    return tqdm(items, label, total, leave=False, disable=not sys.stderr.isatty())
 
 
 def sample_responses(model, tokenizer, prompts, config, label, generator=None):
@@ -76,7 +76,8 @@ def exact_distribution(model, tokenizer, questions):
 
 
 def measure(policy, reference, tokenizer, questions, exact, config):
-    """True reward and KL by question, (Q,) each, of {"reference", "policy", "optimum"}; a bracket.
+    """Of {"reference", "policy", "optimum"}, by question, (Q,) each: true reward, KL, and how often
+    a Bradley-Terry judge prefers a response to one of the reference's. Then a bracket.
 
     The reference's and the optimum's are sums over all responses (Eq. 4), of which exact is the
     reference's exact_distribution(); the policy's are means of config.eval_samples fresh samples a
@@ -91,28 +92,54 @@ def measure(policy, reference, tokenizer, questions, exact, config):
     texts, log_ratios = fresh_samples(policy, reference, tokenizer, prompts, config)
     scores = torch.tensor([true_reward(p, t) for p, t in zip(prompts, texts)])
     shape = len(questions), config.eval_samples
+    scores, log_ratios = scores.view(shape).double(), log_ratios.view(shape).double()  # (Q, S)
+    ref, p_win = logps.exp(), win_probabilities(logps.exp(), rewards)
     rows = {
-        "reference": ((logps.exp() * rewards).sum(1), torch.zeros_like(log_z)),
-        "policy": (scores.view(shape).double().mean(1), log_ratios.view(shape).double().mean(1)),
-        "optimum": ((best * rewards).sum(1), (best * (best_logps - logps)).sum(1)),
+        "reference": (
+            (ref * rewards).sum(1),
+            torch.zeros_like(log_z),
+            (ref * p_win(rewards)).sum(1),
+        ),
+        "policy": (scores.mean(1), log_ratios.mean(1), p_win(scores).mean(1)),
+        "optimum": (
+            (best * rewards).sum(1),
+            (best * (best_logps - logps)).sum(1),
+            (best * p_win(rewards)).sum(1),
+        ),
     }
     return rows, config.beta * (log_z - log_z_listed).mean().item()
 
 
+METRICS = "reward", "kl", "objective", "optimality", "win_rate"
+
+
+def win_probabilities(p, rewards):
+    """-> a function from scores (Q, S) to the probabilities (Q, S) that Eq. 1 prefers them to a
+    response drawn with the probabilities p (Q, N), whose rewards are (Q, N)."""
+    levels = rewards.unique()  # (L,)
+    mass = torch.stack([(p * (rewards == level)).sum(1) for level in levels], dim=1)  # (Q, L)
+
+    def p_win(scores):
+        against = dpo.preference_probability(scores[:, :, None], levels)  # (Q, S, L)
+        return (against * mass[:, None]).sum(2)
+
+    return p_win
+
+
 def summarise(rows, beta, resamples=1000):
     """rows of measure() -> {row: {metric: mean, metric_se: error}}, bootstrapped over questions."""
-    rewards, kls = (torch.stack(column) for column in zip(*rows.values()))  # (3, Q) each
+    columns = [torch.stack(column) for column in zip(*rows.values())]  # reward, KL, wins: (3, Q)
 
-    def table(index):  # which questions, (..., Q) -> metric by row (4, 3, ...)
-        reward, kl = rewards[:, index].mean(-1), kls[:, index].mean(-1)
+    def table(index):  # which questions, (..., Q) -> metric by row (5, 3, ...)
+        reward, kl, wins = (column[:, index].mean(-1) for column in columns)
         j = dpo.objective(reward, kl, beta)
-        return torch.stack([reward, kl, j, (j - j[0]) / (j[2] - j[0])])
+        return torch.stack([reward, kl, j, (j - j[0]) / (j[2] - j[0]), wins])
 
-    count = rewards.shape[1]
+    count = columns[0].shape[1]
     draws = torch.randint(count, (resamples, count), generator=torch.Generator().manual_seed(0))
     means, errors = table(torch.arange(count)), table(draws).std(-1)
     summary = {row: {} for row in rows}
-    for i, metric in enumerate(("reward", "kl", "objective", "optimality")):
+    for i, metric in enumerate(METRICS):
         for j, row in enumerate(rows):
             summary[row] |= {metric: means[i, j].item(), f"{metric}_se": errors[i, j].item()}
     return summary

@@ -66,12 +66,11 @@ def load_checkpoint(config, device):
 # Pairs
 
 
-def sample_pairs(reference, tokenizer, config):
-    """Two responses of the reference to each of num_pairs questions, labelled once by Eq. 1.
+def sample_pairs(reference, tokenizer, config, questions):
+    """Two responses of the reference to each of num_pairs prompts, labelled once by Eq. 1.
 
     -> (prompt, chosen, rejected) texts. Equal responses, and those cut off or empty, make no pair.
     """
-    questions, _, _ = data.split_questions()
     rng = random.Random(config.seed)
     prompts = [q for q in rng.choices(questions, k=config.num_pairs) for _ in range(2)]
     examples, texts = evaluate.sample_responses(
@@ -400,7 +399,7 @@ def align(name, models, config, prepare=prepare_pairs, loss_fn=loss_and_metrics,
             return own_probe(*models, held_out, prompts, config, loss_fn)
     else:
         check_village_fits(tokenizer, block_size, config)
-        pairs = sample_pairs(reference, tokenizer, config)
+        pairs = sample_pairs(reference, tokenizer, config, data.split_questions()[0])
         write_pairs(f"{config.out}/pairs.jsonl", pairs)
         limits = extra["pairs"] = noise_limits(pairs)
         print("labels this noisy allow at best:", average([limits], limits))

@@ -42,7 +42,7 @@ class Config:
     no_std: bool = False  # the plain policy gradient
     kl_beta: float = 0.5  # weight of the KL in training
     beta: float = 0.5  # of Eq. 3, by which the result is judged
-    steps: int = 100  # each on fresh samples
+    steps: int = 60  # each on fresh samples
     questions: int = 64  # a step
     group: int = 8  # responses a question
     minibatches: int = 2  # of a step's samples, one update each
@@ -91,9 +91,7 @@ def roll_out(policy, reference, tokenizer, prompts, config, generator):
     )
     ids, mask = data.collate(examples, tokenizer.eot_token)
     ids, mask = ids.to(policy.wte.weight.device), mask.to(policy.wte.weight.device)
-    old_logps, ref_logps = (
-        dpo.token_logps(model(ids), ids, mask) for model in (policy, reference)
-    )
+    old_logps, ref_logps = (dpo.token_logps(model(ids), ids, mask) for model in (policy, reference))
     return texts, ids, mask, old_logps, ref_logps
 
 

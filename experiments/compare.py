@@ -1,0 +1,325 @@
+"""Every method on one ground: the same SFT model, pairs, questions and ruler, seed by seed.
+
+    python experiments/compare.py                      all that is missing, then the tables
+    python experiments/compare.py --seeds 1            one seed (two at a time use two cores well)
+    python experiments/compare.py --only dpo,ipo       some methods
+    python experiments/compare.py --quick              toy sizes, to see that it runs
+
+Each run leaves OUT/SEED/METHOD.json and is not repeated while that file is there. The tables are
+Markdown, for the README. Seconds are those of training, with all that it needs beyond the SFT model
+(sampling, labels, the reference's pass); compare them within one machine and one --seeds call.
+"""
+
+import copy
+import dataclasses
+import json
+import os
+import statistics
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).parent.parent))  # run from anywhere
+import data
+import dpo
+import evaluate
+import model as gpt
+import train_dpo
+import train_sft
+from variants import train_grpo, train_rlhf, train_selfplay, train_variant
+
+ROOT = Path(__file__).parent.parent
+TOY_SFT = "--n-embd=16 --n-layer=1 --n-head=2 --steps=20 --pretrain-steps=3 --lr=0.02".split()
+TOY = "num_pairs=48 batch_size=8 steps=2 questions=8 group=4 samples=16 rounds=2".split()
+PAIR_LOSSES = "ipo", "rpo", "cdpo", "robust", "hinge", "kto", "simpo", "orpo", "sppo"
+USE_PAIRS = "dpo", *PAIR_LOSSES, "kto_half", "sft_chosen", "rlhf"
+NOISE = 0.1, 0.2, 0.3
+BEST_OF = 16
+
+# name: (what the table calls it, stages after pretraining, models held in training)
+METHODS = {
+    "dpo": ("DPO", 2, 2),
+    **{name: (name.upper(), 2, 2) for name in PAIR_LOSSES},
+    "simpo": ("SimPO", 2, 1),
+    "orpo": ("ORPO, from the pretrained model", 1, 1),
+    "kto": ("KTO", 2, 2),
+    "cdpo": ("cDPO", 2, 2),
+    "robust": ("robust DPO", 2, 2),
+    "hinge": ("hinge", 2, 2),
+    "sppo": ("SPPO's loss, one round", 2, 2),
+    "kto_half": ("KTO, half the pairs", 2, 2),
+    "sft_chosen": ("SFT on the chosen responses", 2, 1),
+    "best_of_n": (f"best of {BEST_OF}, by the true reward", 1, 1),
+    "sppo_selfplay": ("SPPO self-play, 3 rounds", 4, 2),
+    "rlaif": ("the same, a reward model judges", 5, 3),
+    "spin": ("SPIN, 3 rounds", 4, 2),
+    "sft_demos": ("SFT on SPIN's demonstrations", 2, 1),
+    "rlhf": ("RLHF: reward model, PPO", 3, 3),
+    "ppo_gt": ("PPO on the true reward", 2, 2),
+    "grpo": ("GRPO on the true reward", 2, 2),
+    "grpo_no_std": ("GRPO --no-std on the true reward", 2, 2),
+}
+
+
+@dataclass
+class Config:
+    seeds: str = "0,1,2"
+    only: str = ""  # names of methods, with commas between them
+    noise: bool = False  # also the sweep of flipped labels
+    quick: bool = False  # toy sizes
+    out: str = "out/compare"
+
+
+class Ground:
+    """What all methods of one seed share; everything is made when it is first asked for."""
+
+    def __init__(self, seed, folder, quick):
+        self.seed, self.folder, self.quick = seed, Path(folder) / str(seed), quick
+        if not (self.folder / "sft.pt").exists():
+            command = ["train_sft.py", f"--seed={seed}", f"--out={self.folder.absolute()}"]
+            command += TOY_SFT if quick else []
+            subprocess.run([sys.executable, *command], cwd=ROOT, check=True)
+        self.reference, state = gpt.load(self.folder / "sft.pt")
+        self.reference.requires_grad_(False)
+        self.tokenizer = data.build_tokenizer(state["tokens"])
+        self.questions, self.held_out, _ = data.split_questions()
+        self.held_out = self.held_out[: 2 if quick else None]
+        self.exact = evaluate.exact_distribution(self.reference, self.tokenizer, self.held_out)
+
+    def config(self, cls, **settings):
+        """A trainer's defaults at this seed; toy sizes where they are asked for."""
+        toy = dict(item.split("=") for item in TOY if self.quick)
+        names = {field.name for field in dataclasses.fields(cls)}
+        settings |= {name: int(value) for name, value in toy.items() if name in names}
+        return cls(seed=self.seed, out=str(self.folder), **settings)
+
+    def pairs(self):
+        """-> (texts, what train_dpo.train() takes, seconds)."""
+        if not hasattr(self, "_pairs"):
+            started, config = time.perf_counter(), self.config(train_dpo.Config)
+            texts = train_dpo.sample_pairs(self.reference, self.tokenizer, config, self.questions)
+            dataset = train_dpo.prepare_pairs(self.reference, self.tokenizer, texts)
+            self._pairs = texts, dataset, time.perf_counter() - started
+        return self._pairs
+
+    def policy(self, path=None):
+        policy = gpt.load(path)[0] if path else copy.deepcopy(self.reference)
+        return policy.requires_grad_(True)
+
+
+# --------------------------------------------------------------------------------------------------
+# One run -> (policy, labels used, seconds spent before on what methods share)
+
+
+def run_pairs(ground, name, flips=0.0, **settings):
+    """DPO or a variant on the seed's pairs, a share of whose labels is flipped."""
+    half = name == "kto_half"
+    name = name.removesuffix("_half")
+    texts, dataset, seconds = ground.pairs()
+    texts = texts[: len(texts) // 2] if half else texts
+    loss_fn, first_loss = train_dpo.loss_and_metrics, train_dpo.LN2
+    if name == "dpo":
+        config = ground.config(train_dpo.Config)
+    else:
+        settings = train_variant.DEFAULTS[name] | settings | {"loss": name}
+        config = ground.config(train_variant.Config, **settings)
+        prepare, loss_fn, first_loss = train_variant.choose(config)
+        if name == "kto":
+            dataset = prepare(ground.reference, ground.tokenizer, texts)
+    if flips:
+        dataset = flip(dataset, flips, ground.seed)
+    policy = ground.policy(ground.folder / "pretrained.pt" if name == "orpo" else None)
+    end = ground.tokenizer.eot_token
+    consume(train_dpo.train(policy, dataset, config, end, loss_fn, first_loss), name)
+    return policy, len(texts) * (2 if name == "kto" else 1), seconds
+
+
+def flip(dataset, share, seed):
+    """Chosen and rejected exchanged in a share of the pairs."""
+    (chosen, rejected), ref_logps = dataset
+    flipped = torch.rand(len(chosen), generator=torch.Generator().manual_seed(seed)) < share
+    sides = zip(*[(r, c) if f else (c, r) for c, r, f in zip(chosen, rejected, flipped)])
+    swapped = (torch.where(flipped, a, b) for a, b in (ref_logps[::-1], ref_logps))
+    return [list(side) for side in sides], list(swapped)
+
+
+def run_sft(ground, demonstrations):
+    """Plain fine-tuning, at the rate of train_sft.py's last steps, on (prompt, response) texts."""
+    policy, end = ground.policy(), ground.tokenizer.eot_token
+    examples = [data.encode(ground.tokenizer, *demo) for demo in demonstrations]
+    batch_size = min(64, len(examples))
+    steps = len(examples) // batch_size
+    picks = data.batches(len(examples), batch_size, steps, ground.seed)
+
+    def draw():
+        return data.collate([examples[i] for i in next(picks)], end)
+
+    train_sft.train(policy, draw, steps, 1e-3, 0, torch.device("cpu"), "SFT")
+    return policy
+
+
+def run_method(ground, name, **settings):
+    models = policy, _, tokenizer = ground.policy(), ground.reference, ground.tokenizer
+    if name == "sft_chosen":
+        texts, _, seconds = ground.pairs()
+        return run_sft(ground, [pair[:2] for pair in texts]), len(texts), seconds
+    if name == "sft_demos":
+        config = ground.config(train_selfplay.Config, spin=True)
+        count = config.rounds * config.questions
+        return run_sft(ground, best_demonstrations(ground.questions, count)), 0, 0
+    if name in ("sppo_selfplay", "rlaif", "spin"):
+        judge = {"judge": "model"} if name == "rlaif" else {"spin": name == "spin"}
+        config = ground.config(train_selfplay.Config, **judge)
+        consume(train_selfplay.train(models, config, ground.questions), name)
+        return policy, train_selfplay.count_labels(config), 0
+    if name in ("grpo", "grpo_no_std"):
+        config = ground.config(train_grpo.Config, no_std=name == "grpo_no_std")
+        reward = train_grpo.village_reward
+        consume(train_grpo.train(models, config, ground.questions, reward), name)
+        return policy, config.steps * config.questions * config.group, 0
+    if name in ("rlhf", "ppo_gt"):
+        config, seconds = ground.config(train_rlhf.Config), 0
+        reward, labels = train_grpo.village_reward, config.steps * config.samples
+        if name == "rlhf":
+            texts, _, seconds = ground.pairs()
+            labels = len(texts)
+            reward_model = train_rlhf.train_reward_model(ground.reference, tokenizer, texts, config)
+            reward = train_rlhf.learned_reward(reward_model, tokenizer)
+        consume(train_rlhf.train(models, config, ground.questions, reward), name)
+        return policy, labels, seconds
+    return run_pairs(ground, name, **settings)
+
+
+def best_demonstrations(questions, count):
+    """(prompt, response) with true reward 3, as SPIN gets them."""
+    picks = data.batches(len(questions), 1, count, seed=0)
+    best = {q: [r for r, value in data.responses(q).items() if value == 3] for q in questions}
+    return [
+        (questions[i], best[questions[i]][n % len(best[questions[i]])])
+        for n, (i,) in enumerate(picks)
+    ]
+
+
+def consume(training, label):
+    for _ in evaluate.progress(training, label):
+        pass
+
+
+def best_of_n(exact, n, beta):
+    """Exact, from reward levels: within a level, the best of n has the reference's proportions."""
+    logps, rewards = exact
+    levels = rewards.unique()
+    p = torch.stack([(logps.exp() * (rewards == v)).sum(1) for v in levels], dim=1)  # (Q, L)
+    below = torch.cat([torch.zeros_like(p[:, :1]), p.cumsum(1)], dim=1)
+    best = below[:, 1:] ** n - below[:, :-1] ** n
+    kl = torch.where(best > 0, best * (best / p).log(), 0).sum(1)
+    p_win = evaluate.win_probabilities(logps.exp(), rewards)(levels.expand(len(p), -1))
+    _, log_z = dpo.optimal_logps(logps, rewards, beta)
+    zero = torch.zeros_like(log_z)
+    optimum = beta * log_z, zero, zero  # its objective is all that is asked of it
+    reference = (p * levels).sum(1), zero, zero
+    policy = (best * levels).sum(1), kl, (best * p_win).sum(1)
+    return {"reference": reference, "policy": policy, "optimum": optimum}
+
+
+def run(ground, name, **settings):
+    """One method at one seed -> what its file holds."""
+    config = ground.config(train_dpo.Config)  # of the measurement, whose β is one for all
+    if name == "best_of_n":
+        rows, labels, seconds = best_of_n(ground.exact, BEST_OF, config.beta), BEST_OF, 0
+    else:
+        if name in USE_PAIRS:
+            ground.pairs()  # made once: every method that uses them is charged for them below
+        started = time.perf_counter()
+        try:
+            policy, labels, shared = run_method(ground, name, **settings)
+        except FloatingPointError as error:
+            raise SystemExit(f"{name}, seed {ground.seed}: {error}")
+        seconds = round(time.perf_counter() - started + shared, 1)
+        models = policy, ground.reference, ground.tokenizer
+        rows, _ = evaluate.measure(*models, ground.held_out, ground.exact, config)
+    return evaluate.summarise(rows, config.beta)["policy"] | {"labels": labels, "seconds": seconds}
+
+
+def write(path, result):
+    with open(f"{path}.tmp", "w") as file:
+        json.dump(result, file, indent=1)
+    os.replace(f"{path}.tmp", path)
+    print(f"{path}: optimality {result['optimality']:.1%} ± {result['optimality_se']:.1%}")
+
+
+# --------------------------------------------------------------------------------------------------
+# Tables
+
+
+def read(folder, seeds, name):
+    paths = [Path(folder) / str(seed) / f"{name}.json" for seed in seeds]
+    return [json.loads(path.read_text()) for path in paths if path.exists()]
+
+
+def cell(values, style):
+    spread = f" ± {statistics.stdev(values):{style}}" if len(values) > 1 else ""
+    return f"{statistics.fmean(values):{style}}{spread}"
+
+
+def print_table(folder, seeds, names):
+    print(
+        "\n| method | stages | models | labels | seconds | E[r] | KL | win rate | optimality | n |"
+    )
+    print("|---|---|---|---|---|---|---|---|---|---|")
+    for name in names:
+        runs = read(folder, seeds, name)
+        if not runs:
+            continue
+        title, stages, models = METHODS[name]
+        columns = {key: [run[key] for run in runs] for key in runs[0]}
+        print(
+            f"| {title} | {stages} | {models} | {statistics.fmean(columns['labels']):,.0f} "
+            f"| {statistics.fmean(columns['seconds']):.0f} | {cell(columns['reward'], '.2f')} "
+            f"| {cell(columns['kl'], '.2f')} | {statistics.fmean(columns['win_rate']):.3f} "
+            f"| {cell(columns['optimality'], '.1%')} | {len(runs)} |"
+        )
+
+
+def print_noise(folder, seeds):
+    print("\n| labels flipped |", " | ".join(f"{share:.0%}" for share in NOISE), "|")
+    print("|---" * (1 + len(NOISE)) + "|")
+    for name in ("dpo", "ipo", "cdpo", "robust"):
+        runs = [read(folder, seeds, f"{name}_flip_{share}") for share in NOISE]
+        cells = [cell([r["optimality"] for r in row], ".1%") if row else "" for row in runs]
+        print(f"| {METHODS[name][0]} |", " | ".join(cells), "|")
+
+
+def main():
+    config = train_sft.read_config(Config, "compare.py")
+    seeds = [int(seed) for seed in config.seeds.split(",")]
+    names = config.only.split(",") if config.only else [*METHODS]
+    if unknown := {*names} - {*METHODS}:
+        raise SystemExit(f"--only: unknown methods {', '.join(unknown)}")
+    for seed in seeds:
+        jobs = {name: (name, {}) for name in names}
+        if config.noise:
+            for share in NOISE:
+                smooth = {"label_smoothing": share}
+                for name, own in (("dpo", {}), ("ipo", {}), ("cdpo", smooth), ("robust", smooth)):
+                    jobs[f"{name}_flip_{share}"] = name, {"flips": share, **own}
+        folder = Path(config.out) / str(seed)
+        missing = [job for job in jobs if not (folder / f"{job}.json").exists()]
+        ground = Ground(seed, config.out, config.quick) if missing else None
+        for job in evaluate.progress(missing, f"seed {seed}"):
+            name, settings = jobs[job]
+            write(folder / f"{job}.json", run(ground, name, **settings))
+    print_table(config.out, seeds, names)
+    if config.noise:
+        print_noise(config.out, seeds)
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except KeyboardInterrupt:
+        raise SystemExit("\ninterrupted; the finished runs are kept, and are not repeated")

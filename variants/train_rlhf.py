@@ -1,0 +1,235 @@
+"""What DPO replaces: a reward model fitted to the pairs (Eq. 2), then PPO against it (Eq. 3).
+
+    python variants/train_rlhf.py                  the learned reward, from the pairs DPO gets
+    python variants/train_rlhf.py --true-reward    no reward model: the paper's PPO-GT
+
+PPO is Schulman et al. 2017, arXiv:1707.06347, with advantages by GAE, arXiv:1506.02438. Every token
+costs −β log π_θ/π_ref and the last one earns the reward of the whole text, as in arXiv:1909.08593.
+Departures from usual code, each to stay with Eq. 3: losses are sums over a response's tokens, not
+means; advantages are not whitened; there is no discount, and the value loss is not clipped.
+A response that was cut off earns −3, whatever the reward model thinks.
+Writes out/rlhf.pt, .jsonl and .json (ppo_gt.* with --true-reward).
+"""
+
+import copy
+import dataclasses
+import random
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+
+sys.path.insert(0, str(Path(__file__).parent.parent))  # run from anywhere
+import data
+import dpo
+import evaluate
+import train_dpo
+from train_sft import read_config, schedule
+from variants.losses import clipped_loss
+from variants.train_grpo import roll_out, village_reward
+
+
+@dataclass
+class Config:
+    seed: int = 0
+    out: str = "out"  # folder for all that is written
+    init: str = ""  # checkpoint to start from: OUT/sft.pt
+    true_reward: bool = False  # the village's own reward in place of a learned one
+    num_pairs: int = 24_000  # for the reward model
+    batch_size: int = 64  # pairs a step
+    reward_lr: float = 1e-3  # of the reward model, AdamW
+    kl_beta: float = 0.5  # weight of the KL in training
+    beta: float = 0.5  # of Eq. 3, by which the result is judged
+    steps: int = 60  # of PPO, each on fresh samples
+    samples: int = 512  # a step
+    minibatches: int = 2  # of a step's samples
+    clip: float = 0.2
+    gae_lambda: float = 0.95
+    value_weight: float = 0.1  # of the value head's squared error
+    lr: float = 3e-4  # of the policy, AdamW
+    value_lr: float = 1e-2  # of the value head, which starts at zero
+    max_new_tokens: int = 24
+    eval_questions: int = 120  # at most, of each held-out set
+    eval_samples: int = 20  # a question
+    device: str = "auto"
+    dtype: str = "float32"  # bfloat16 autocasts the reference's forward pass
+    compile: bool = False
+
+
+# --------------------------------------------------------------------------------------------------
+# The reward model
+
+
+class RewardModel(torch.nn.Module):
+    """The SFT model with a scalar head in place of its last projection."""
+
+    def __init__(self, reference):
+        super().__init__()
+        self.trunk = copy.deepcopy(reference).requires_grad_(True)
+        self.head = scalar_head(reference)
+
+    def forward(self, ids, mask):
+        """ids, mask (B, T) -> the reward of each text (B,), read at its last scored token."""
+        last = ids.shape[1] - 1 - mask.flip(1).int().argmax(dim=1)  # (B,)
+        hidden = self.trunk.hidden(ids)  # (B, T, C)
+        return self.head(hidden[torch.arange(len(ids)), last])[:, 0]
+
+
+def scalar_head(model):
+    head = torch.nn.Linear(model.config.n_embd, 1).to(model.wte.weight.device)
+    torch.nn.init.zeros_(head.weight)
+    torch.nn.init.zeros_(head.bias)
+    return head
+
+
+def reward_model_loss(chosen_rewards, rejected_rewards):
+    """Eq. 2: −log σ(r(x, y_w) − r(x, y_l)), (B,) each -> (B,)."""
+    return -F.logsigmoid(chosen_rewards - rejected_rewards)
+
+
+def train_reward_model(reference, tokenizer, pairs, config):
+    """(prompt, chosen, rejected) texts -> the reward model, one epoch of Eq. 2."""
+    model = RewardModel(reference)
+    device = model.head.weight.device
+    optimizer = torch.optim.AdamW(model.parameters(), config.reward_lr, weight_decay=0)
+    sides = [[data.encode(tokenizer, pair[0], pair[i]) for pair in pairs] for i in (1, 2)]
+    batch_size = min(config.batch_size, len(pairs))
+    steps = len(pairs) // batch_size
+    batches = data.batches(len(pairs), batch_size, steps, config.seed)
+    for step, rows in enumerate(evaluate.progress(batches, "reward model", steps)):
+        optimizer.param_groups[0]["lr"] = config.reward_lr * schedule(step, steps)
+        examples = [side[i] for side in sides for i in rows]
+        ids, mask = (t.to(device) for t in data.collate(examples, tokenizer.eot_token))
+        losses = reward_model_loss(*model(ids, mask).chunk(2))
+        train_dpo.descend(losses.mean(), model, optimizer)
+    return model.requires_grad_(False)
+
+
+def learned_reward(reward_model, tokenizer):
+    """-> reward(prompts, texts) as train() wants it."""
+
+    def reward(prompts, texts):
+        examples = [data.encode(tokenizer, p, text or "") for p, text in zip(prompts, texts)]
+        ids, mask = data.collate(examples, tokenizer.eot_token)
+        device = reward_model.head.weight.device
+        rewards = reward_model(ids.to(device), mask.to(device)).cpu()
+        cut_off = torch.tensor([text is None for text in texts])
+        return rewards.masked_fill(cut_off, data.UNPARSED)
+
+    return reward
+
+
+def accuracy(reward, pairs):
+    """How often reward() agrees with the label of a (prompt, chosen, rejected)."""
+    prompts, chosen, rejected = zip(*pairs)
+    return (reward(prompts, chosen) > reward(prompts, rejected)).float().mean().item()
+
+
+# --------------------------------------------------------------------------------------------------
+# PPO
+
+
+def gae(rewards, values, gae_lambda):
+    """Σ_k λ^k δ_{t+k}, δ_t = r_t + V_{t+1} − V_t (Eq. 16 without discount): (B, T) each -> (B, T).
+
+    V is zero after a response's last token.
+    """
+    advantages, following, next_value = torch.zeros_like(rewards), 0.0, 0.0
+    for t in reversed(range(rewards.shape[1])):
+        delta = rewards[:, t] + next_value - values[:, t]
+        following = advantages[:, t] = delta + gae_lambda * following
+        next_value = values[:, t]
+    return advantages
+
+
+def token_rewards(scores, log_ratios, mask, kl_beta):
+    """scores (B,), log π_θ/π_ref of each token and mask (B, T) -> (B, T)."""
+    last = mask & (mask.flip(1).cumsum(dim=1).flip(1) == 1)
+    return -kl_beta * log_ratios + last * scores[:, None]
+
+
+def logps_and_values(policy, value_head, ids, mask):
+    """-> log π of every token and the value before it, (B, T-1) each, 0 where not scored."""
+    hidden = policy.hidden(ids)  # (B, T, C)
+    values = value_head(hidden)[:, :-1, 0].masked_fill(~mask[:, 1:], 0)
+    return dpo.token_logps(policy.lm_head(hidden), ids, mask), values
+
+
+def train(models, config, questions, reward, true_reward=village_reward):
+    """Yields each step's metrics. reward(prompts, texts) -> (B,); the true one is only logged."""
+    policy, reference, tokenizer = models
+    value_head = scalar_head(policy)
+    both = torch.nn.ModuleList([policy, value_head])
+    rates = config.lr, config.value_lr
+    groups = [{"params": part.parameters()} for part in both]
+    optimizer = torch.optim.AdamW(groups, weight_decay=0)
+    rng = random.Random(config.seed)
+    generator = torch.Generator(policy.wte.weight.device).manual_seed(config.seed)
+    for step in range(config.steps):
+        for group, rate in zip(optimizer.param_groups, rates):
+            group["lr"] = rate * schedule(step, config.steps)
+        prompts = rng.choices(questions, k=config.samples)
+        rolled = roll_out(policy, reference, tokenizer, prompts, config, generator)
+        texts, ids, mask, old_logps, ref_logps = rolled
+        scores = reward(prompts, texts).to(ids.device)
+        with torch.no_grad():
+            _, values = logps_and_values(policy, value_head, ids, mask)
+        scored, log_ratios = mask[:, 1:], old_logps - ref_logps  # (B, T-1)
+        rewards = token_rewards(scores, log_ratios, scored, config.kl_beta)
+        advantages = gae(rewards, values, config.gae_lambda)
+        targets = advantages + values
+        for rows in torch.randperm(len(ids), generator=generator).chunk(config.minibatches):
+            logps, values = logps_and_values(policy, value_head, ids[rows], mask[rows])
+            losses = clipped_loss(logps, old_logps[rows], advantages[rows], config.clip)
+            errors = (values - targets[rows]) ** 2
+            losses, errors = ((x * scored[rows]).sum(dim=1).mean() for x in (losses, errors))
+            grad_norm = train_dpo.descend(losses + config.value_weight * errors, both, optimizer)
+        yield {
+            "reward": scores.mean().item(),
+            "true_reward": true_reward(prompts, texts).mean().item(),
+            "kl": log_ratios.sum(dim=1).mean().item(),
+            "loss": losses.item(),
+            "value_error": errors.item() / scored[rows].sum(dim=1).float().mean().item(),
+            "grad_norm": grad_norm["grad_norm"].item(),
+            "lr": optimizer.param_groups[0]["lr"],
+        }
+
+
+def main():
+    config = read_config(Config, "train_rlhf.py")
+    models = _, reference, tokenizer = train_dpo.start(config)
+    train_dpo.check_village_fits(tokenizer, reference.config.block_size, config)
+    train_questions, held_out, _ = data.split_questions()
+    seconds, extra = {}, {"labels": config.num_pairs}
+    if config.true_reward:
+        name, reward = "ppo_gt", village_reward
+        extra["labels"] = config.steps * config.samples
+    else:
+        name = "rlhf"
+        pairs = train_dpo.sample_pairs(reference, tokenizer, config, train_questions)
+        train_dpo.lap(seconds, "pairs")
+        reward_model = train_reward_model(reference, tokenizer, pairs, config)
+        reward = learned_reward(reward_model, tokenizer)
+        train_dpo.lap(seconds, "reward model")
+        fresh = dataclasses.replace(config, num_pairs=2000, seed=config.seed + 1)
+        fresh_pairs = train_dpo.sample_pairs(reference, tokenizer, fresh, held_out)
+        extra |= train_dpo.noise_limits(fresh_pairs)
+        extra["reward_model_accuracy"] = accuracy(reward, fresh_pairs)
+        print(
+            f"reward model: accuracy {extra['reward_model_accuracy']:.3f} on fresh pairs on "
+            f"held-out questions; noisy labels allow {extra['best_accuracy']:.3f}"
+        )
+    training = train(models, config, train_questions, reward)
+    shown = ("reward", "true_reward", "kl", "value_error")
+    train_dpo.train_and_report(
+        name, training, config.steps, models, config, seconds, shown, extra=extra
+    )
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except KeyboardInterrupt:
+        raise SystemExit("\ninterrupted; the files already written are whole")
