@@ -187,19 +187,29 @@ def test_held_out_pairs_share_no_prompt_with_the_others():
 
 def test_summary_by_hand():
     """Two questions, β = 0.5: optimality is a ratio of means, (1.25 − 0.5)/(2 − 0.5) = ½."""
-    zero = torch.zeros(2, dtype=torch.float64)
+    zero, one = torch.zeros(2).double(), torch.ones(2).double()
     rows = {
-        "reference": (torch.tensor([0.0, 1.0]).double(), zero),
-        "policy": (torch.tensor([2.0, 1.5]).double(), torch.tensor([1.0, 1.0]).double()),
-        "optimum": (torch.tensor([3.0, 2.0]).double(), torch.tensor([1.0, 1.0]).double()),
+        "reference": (torch.tensor([0.0, 1.0]).double(), zero, one / 2),
+        "policy": (torch.tensor([2.0, 1.5]).double(), one, torch.tensor([0.9, 0.6]).double()),
+        "optimum": (torch.tensor([3.0, 2.0]).double(), one, one),
     }
     summary = evaluate.summarise(rows, beta=0.5, resamples=4000)
     policy = summary["policy"]
     assert (policy["reward"], policy["kl"], policy["objective"]) == (1.75, 1.0, 1.25)
-    assert policy["optimality"] == pytest.approx(0.5)
+    assert policy["optimality"] == pytest.approx(0.5) and policy["win_rate"] == pytest.approx(0.75)
     assert summary["reference"]["optimality"] == 0 and summary["optimum"]["optimality"] == 1
     # The mean of two draws from {2, 1.5} has the standard deviation 0.25/√2.
     assert policy["reward_se"] == pytest.approx(0.25 / math.sqrt(2), rel=0.05)
+
+
+def test_win_probabilities_by_hand():
+    """Against rewards 1 (70 %) and −1 (30 %): a reward of 1 wins 0.7·½ + 0.3·σ(2)."""
+    p, rewards = torch.tensor([[0.5, 0.3, 0.2]]), torch.tensor([[1.0, -1, 1]])
+    p_win = evaluate.win_probabilities(p, rewards)
+    two = 1 / (1 + math.exp(-2))
+    assert p_win(torch.tensor([[1.0, -1]]))[0].tolist() == pytest.approx(
+        [0.7 * 0.5 + 0.3 * two, 0.7 * (1 - two) + 0.3 * 0.5]
+    )
 
 
 # --- Training -----------------------------------------------------------------------------------

@@ -7,6 +7,7 @@ PPO is Schulman et al. 2017, arXiv:1707.06347, with advantages by GAE, arXiv:150
 costs −β log π_θ/π_ref and the last one earns the reward of the whole text, as in arXiv:1909.08593.
 Departures from usual code, each to stay with Eq. 3: losses are sums over a response's tokens, not
 means; advantages are not whitened; there is no discount, and the value loss is not clipped.
+The reward model sums its head over the response's tokens (usual: the last token's alone; README).
 A response that was cut off earns −3, whatever the reward model thinks.
 Writes out/rlhf.pt, .jsonl and .json (ppo_gt.* with --true-reward).
 """
@@ -71,10 +72,9 @@ class RewardModel(torch.nn.Module):
         self.head = scalar_head(reference)
 
     def forward(self, ids, mask):
-        """ids, mask (B, T) -> the reward of each text (B,), read at its last scored token."""
-        last = ids.shape[1] - 1 - mask.flip(1).int().argmax(dim=1)  # (B,)
-        hidden = self.trunk.hidden(ids)  # (B, T, C)
-        return self.head(hidden[torch.arange(len(ids)), last])[:, 0]
+        """ids, mask (B, T) -> the reward of each text (B,), the sum over its scored tokens."""
+        scores = self.head(self.trunk.hidden(ids))[:, :, 0]  # (B, T)
+        return (scores * mask).sum(dim=1)
 
 
 def scalar_head(model):
@@ -185,12 +185,14 @@ def train(models, config, questions, reward, true_reward=village_reward):
             losses = clipped_loss(logps, old_logps[rows], advantages[rows], config.clip)
             errors = (values - targets[rows]) ** 2
             losses, errors = ((x * scored[rows]).sum(dim=1).mean() for x in (losses, errors))
+            ratio = (logps.detach() - old_logps[rows])[scored[rows]].exp().mean()
             grad_norm = train_dpo.descend(losses + config.value_weight * errors, both, optimizer)
         yield {
             "reward": scores.mean().item(),
             "true_reward": true_reward(prompts, texts).mean().item(),
             "kl": log_ratios.sum(dim=1).mean().item(),
             "loss": losses.item(),
+            "ratio": ratio.item(),
             "value_error": errors.item() / scored[rows].sum(dim=1).float().mean().item(),
             "grad_norm": grad_norm["grad_norm"].item(),
             "lr": optimizer.param_groups[0]["lr"],

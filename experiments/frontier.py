@@ -1,0 +1,190 @@
+"""The paper's Figure 2 (left) in the village: reward against KL, and the frontier that is exact.
+
+    python experiments/frontier.py             sweeps of β at seed 0, then assets/frontier.svg
+    python experiments/frontier.py --quick     toy sizes, to see that it runs
+
+Every point is a policy, measured on fresh samples of the held-out questions, a few times in a run.
+The line is Eq. 4 for every β, by sums over all responses: for any policy and any β, Eq. 3's
+objective E[r] − β KL is at most β E[log Z(x)]. A point that beats it by more than four standard
+errors at some β is a bug here, not a discovery: the script says so and fails. Runs that are already
+in OUT/SEED/frontier are not repeated.
+"""
+
+import dataclasses
+import json
+import os
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import matplotlib
+import matplotlib.pyplot as plt
+import torch
+
+sys.path.insert(0, str(Path(__file__).parent.parent))  # run from anywhere
+import dpo
+import evaluate
+import train_dpo
+from experiments.compare import ROOT, Ground
+from train_sft import read_config
+from variants import train_grpo, train_rlhf, train_variant
+
+matplotlib.rcParams["svg.hashsalt"] = "frontier"  # the same points give the same file
+
+LOOKS = {  # colours told apart by the colour-blind, markers in print
+    "DPO": ("#0072b2", "o"),
+    "IPO": ("#56b4e9", "s"),
+    "PPO": ("#d55e00", "^"),
+    "PPO-GT": ("#e69f00", "v"),
+    "GRPO": ("#009e73", "D"),
+}
+BETAS = {  # each method's own coefficient
+    "DPO": (0.25, 0.5, 1.0, 2.0),
+    "IPO": (0.05, 0.085, 0.15, 0.3),
+    "PPO": (0.25, 0.5, 1.0, 2.0),
+    "PPO-GT": (0.25, 0.5, 1.0, 2.0),
+    "GRPO": (0.25, 0.5, 1.0, 2.0),
+}
+
+
+@dataclass
+class Config:
+    seed: int = 0
+    quick: bool = False  # toy sizes
+    probes: int = 4  # measurements along a training
+    samples: int = 4  # a held-out question and measurement
+    out: str = "out/compare"  # where compare.py keeps its SFT models
+    picture: str = "assets/frontier.svg"
+
+
+def training_of(ground, method, beta, policy):
+    """-> (an iterator of steps, how many)."""
+    models = policy, ground.reference, ground.tokenizer
+    if method in ("DPO", "IPO"):
+        _, dataset, _ = ground.pairs()
+        # The best rate goes with 1/β² of the loss: its curvature in Δ stays the same.
+        if method == "DPO":
+            lr = train_dpo.Config.lr * min(1, (0.5 / beta) ** 2)
+            config = ground.config(train_dpo.Config, beta=beta, lr=lr)
+            arguments = ()
+        else:
+            own = train_variant.DEFAULTS["ipo"] | {"loss_beta": beta, "loss": "ipo"}
+            config = ground.config(train_variant.Config, **own)
+            _, *arguments = train_variant.choose(config)
+        _, steps = train_dpo.count_steps(config, len(dataset[0][0]))
+        end = ground.tokenizer.eot_token
+        return train_dpo.train(policy, dataset, config, end, *arguments), steps
+    if method == "GRPO":
+        config = ground.config(train_grpo.Config, kl_beta=beta)
+        training = train_grpo.train(models, config, ground.questions, train_grpo.village_reward)
+        return training, config.steps
+    config, reward = ground.config(train_rlhf.Config, kl_beta=beta), train_grpo.village_reward
+    if method == "PPO":
+        if not hasattr(ground, "reward_model"):
+            texts, _, _ = ground.pairs()
+            arguments = ground.reference, ground.tokenizer, texts, config
+            ground.reward_model = train_rlhf.train_reward_model(*arguments)
+        reward = train_rlhf.learned_reward(ground.reward_model, ground.tokenizer)
+    return train_rlhf.train(models, config, ground.questions, reward), config.steps
+
+
+def trace(ground, method, beta, config):
+    """One training -> its points, rewards and KLs by question at every measurement."""
+    policy, points = ground.policy(), []
+    training, steps = training_of(ground, method, beta, policy)
+    ruler = ground.config(train_dpo.Config, eval_samples=config.samples)
+    models = policy, ground.reference, ground.tokenizer
+    bar = evaluate.progress(training, f"{method}, β {beta}", steps)
+    for step, _ in enumerate(bar, 1):
+        if step * config.probes // steps > (step - 1) * config.probes // steps:
+            ruler = dataclasses.replace(ruler, seed=step)
+            rows, _ = evaluate.measure(*models, ground.held_out, ground.exact, ruler)
+            reward, kl, _ = rows["policy"]
+            points.append({"step": step, "reward": reward.tolist(), "kl": kl.tolist()})
+    return points
+
+
+def excess(point, exact, betas):
+    """By how many standard errors a point beats the frontier, at the β where it does so most."""
+    reward, kl = (torch.tensor(point[name], dtype=torch.float64) for name in ("reward", "kl"))
+    worst = -float("inf")
+    for beta in betas:
+        _, log_z = dpo.optimal_logps(*exact, beta)
+        over = dpo.objective(reward, kl, beta) - beta * log_z  # (Q,)
+        worst = max(worst, (over.mean() / (over.std() / len(over) ** 0.5 + 1e-12)).item())
+    return worst
+
+
+def frontier(exact, betas):
+    """-> (KL, E[r]) of Eq. 4's optimum for every β, means over questions."""
+    logps, rewards = exact
+    line = []
+    for beta in betas:
+        best_logps, _ = dpo.optimal_logps(logps, rewards, beta)
+        best = best_logps.exp()
+        kl, reward = (best * (best_logps - logps)).sum(1), (best * rewards).sum(1)
+        line.append((kl.mean().item(), reward.mean().item()))
+    return line
+
+
+def draw(runs, line, path):
+    figure, axis = plt.subplots(figsize=(7, 4.6), layout="constrained")
+    axis.plot(*zip(*line), color="black", linewidth=1.5, label="exact frontier, Eq. 4")
+    for method, (color, marker) in LOOKS.items():
+        label = method
+        for points in runs[method].values():
+            x, y = ([sum(p[k]) / len(p[k]) for p in points] for k in ("kl", "reward"))
+            axis.plot(x, y, color=color, linewidth=0.6, alpha=0.6)
+            axis.scatter(x[:-1], y[:-1], color=color, marker=marker, s=12, alpha=0.5, linewidths=0)
+            axis.scatter(x[-1], y[-1], color=color, marker=marker, s=45, label=label)
+            label = None
+    axis.set(xlabel="KL(π‖π_ref), nats a response", ylabel="true reward E[r]")
+    axis.set(
+        xlim=(0, max(kl for kl, _ in line)), title="held-out questions; large: end of training"
+    )
+    axis.legend(frameon=False)
+    axis.spines[["top", "right"]].set_visible(False)
+    os.makedirs(path.parent, exist_ok=True)
+    figure.savefig(path, metadata={"Date": None})
+    print(f"wrote {path}")
+
+
+def main():
+    config = read_config(Config, "frontier.py")
+    ground = Ground(config.seed, config.out, config.quick)
+    folder = ground.folder / "frontier"
+    os.makedirs(folder, exist_ok=True)
+    runs = {method: {} for method in BETAS}
+    for method, betas in BETAS.items():
+        for beta in betas[:1] if config.quick else betas:
+            path = folder / f"{method}_{beta}.json"
+            if not path.exists():
+                points = trace(ground, method, beta, config)
+                Path(f"{path}.tmp").write_text(json.dumps(points))
+                os.replace(f"{path}.tmp", path)
+            runs[method][beta] = json.loads(path.read_text())
+    betas = [0.15 * 1.15**i for i in range(40)]
+    line = frontier(ground.exact, betas)
+    above = []
+    print(
+        "\n| method | its β | KL | E[r] | standard errors above the frontier |",
+        "|---|---|---|---|---|",
+        sep="\n",
+    )
+    for method, sweep in runs.items():
+        for beta, points in sweep.items():
+            over = [excess(point, ground.exact, betas) for point in points]
+            if max(over) > 4:
+                above.append(f"{method} at {beta}: {max(over):.1f}")
+            kl, reward = (sum(points[-1][k]) / len(points[-1][k]) for k in ("kl", "reward"))
+            print(f"| {method} | {beta} | {kl:.2f} | {reward:.2f} | {max(over):+.1f} |")
+    draw(runs, line, ROOT / config.picture)
+    if above:
+        raise SystemExit("above the frontier by more than 4 standard errors: " + "; ".join(above))
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except KeyboardInterrupt:
+        raise SystemExit("\ninterrupted; the finished runs are kept, and are not repeated")

@@ -1,0 +1,490 @@
+"""The family's trainers: each part by hand, whole trainings on a world that can be enumerated."""
+
+import copy
+import dataclasses
+import json
+import math
+import random
+
+import pytest
+import torch
+from test_train import ROOT, TOY_SFT, command
+
+import data
+import dpo
+import evaluate
+import model as gpt
+import train_dpo
+from experiments import compare, frontier
+from variants import losses, train_grpo, train_rlhf, train_selfplay, train_variant
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    """Many small batches are faster so."""
+    torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return data.train_tokenizer(data.every_word(), data.VOCAB_SIZE)
+
+
+# --- A world that can be enumerated -------------------------------------------------------------
+
+
+class Letters:
+    """A tokenizer of five letters; the sixth token ends a text."""
+
+    eot_token, n_vocab = 5, 6
+
+    def encode_ordinary(self, text):
+        return ["abcde".index(letter) for letter in text]
+
+    def decode(self, ids):
+        return "".join("abcde"[i] for i in ids)
+
+
+PROMPTS = ["a", "b"]
+TEXTS = ["", *"abcde"]  # all that ends within two tokens
+REPLIES = [[5], *([i, 5] for i in range(5)), *([i, j] for i in range(5) for j in range(5))]
+# What "a" is answered matters little (a small std), what "b" is answered matters much.
+WORTH = {"a": [0, 0.1, 0.2, 0.3, 0.4, 0.8], "b": [0, 0.5, 1, 1.5, 2, 3]}
+
+
+def worth(prompts, texts):
+    """Texts that were cut off are worth −1."""
+    return torch.tensor(
+        [-1 if t is None else WORTH[p][TEXTS.index(t)] for p, t in zip(prompts, texts)]
+    ).float()
+
+
+def enumerate_logps(model):
+    """log π of all 31 replies to each prompt, (2, 31)."""
+    tokens = Letters()
+    rows = []
+    for prompt in PROMPTS:
+        examples = [data.join_ids(tokens.encode_ordinary(prompt), reply) for reply in REPLIES]
+        rows.append(evaluate.response_logps(model, examples, 0))
+    return torch.stack(rows).double()
+
+
+@pytest.fixture(scope="module")
+def world():
+    """(policy, reference, tokenizer) at the start, and Eq. 4's optimum by enumeration."""
+    torch.manual_seed(1)
+    reference = gpt.GPT(gpt.GPTConfig(6, 8, n_layer=1, n_head=2, n_embd=32)).eval()
+    reference.requires_grad_(False)
+    logps = enumerate_logps(reference)
+    assert logps.exp().sum(1).tolist() == pytest.approx([1, 1], abs=1e-5)
+    rewards = [WORTH[p] + [-1] * 25 for p in PROMPTS]
+    best, _ = dpo.optimal_logps(logps, torch.tensor(rewards).double(), beta=0.5)
+    return reference, best.exp()
+
+
+TOY = {"max_new_tokens": 2, "kl_beta": 0.5, "steps": 150, "minibatches": 1}
+
+
+def fit(world, module, config):
+    """A training to its end -> distances (total variation) from π*, policy (2, 31), metrics."""
+    reference, best = world
+    policy = copy.deepcopy(reference).requires_grad_(True)
+    models = policy, reference, Letters()
+    extra = {"true_reward": worth} if module is train_rlhf else {}
+    metrics = list(module.train(models, config, PROMPTS, worth, **extra))
+    p = enumerate_logps(policy).exp()
+    return (p - best).abs().sum(1) / 2, p, metrics
+
+
+def test_grpo_without_std_arrives_at_the_optimum_and_with_std_beta_is_another_one_by_question(
+    world,
+):
+    config = train_grpo.Config(no_std=True, questions=64, group=8, lr=1e-2, **TOY)
+    distance, p, _ = fit(world, train_grpo, config)
+    assert distance.max() < 0.05
+    # Published: rewards are divided by the std, 0.5 or so for "a" and 1.2 for "b" in the reference.
+    # Where that is small the question is pushed beyond its optimum, where it is large not so far.
+    distance, p, _ = fit(world, train_grpo, dataclasses.replace(config, no_std=False))
+    _, best = world
+    assert distance[0] > 0.1
+    assert p[0, 5] > best[0, 5] + 0.1  # the best reply to "a"
+    assert p[0, 5] / p[0, 1:5].sum() > best[0, 5] / best[0, 1:5].sum()
+
+
+def test_ppo_on_the_true_reward_arrives_at_the_optimum(world):
+    config = train_rlhf.Config(true_reward=True, samples=512, lr=1e-2, **TOY)
+    distance, _, metrics = fit(world, train_rlhf, config)
+    assert distance.max() < 0.05
+    # On the first step the policy is the one that wrote the samples, and is the reference.
+    assert metrics[0]["ratio"] == pytest.approx(1, abs=1e-5)
+    assert metrics[0]["kl"] == pytest.approx(0, abs=1e-5)
+    assert metrics[-1]["kl"] > 0.1
+    two = dataclasses.replace(config, steps=1, minibatches=2)
+    assert fit(world, train_rlhf, two)[2][0]["ratio"] != pytest.approx(1, abs=1e-5)
+
+
+# --- GRPO and PPO, by hand ----------------------------------------------------------------------
+
+
+def test_group_advantages_by_hand():
+    """1, 2, 3 has mean 2 and standard deviation 1; equal rewards have nothing to tell."""
+    rewards = torch.tensor([[1.0, 2, 3], [0.1, 0.1, 0.1]])
+    centred = train_grpo.group_advantages(rewards, divide_by_std=False)
+    torch.testing.assert_close(centred, torch.tensor([[-1.0, 0, 1], [0, 0, 0]]))
+    scaled = train_grpo.group_advantages(3 * rewards, divide_by_std=True)
+    torch.testing.assert_close(scaled, centred, atol=1e-3, rtol=0)
+
+
+def test_clipped_loss_by_hand():
+    """Advantage 2 and −2 at ratios 1, 1.5, 0.5, clip 0.2: a gain stops at the edge, a loss not."""
+    old = torch.zeros(6, dtype=torch.float64)
+    new = torch.tensor([1, 1.5, 0.5, 1, 1.5, 0.5]).double().log().requires_grad_()
+    advantages = torch.tensor([2.0, 2, 2, -2, -2, -2]).double()
+    loss = losses.clipped_loss(new, old, advantages, 0.2)
+    assert loss.tolist() == pytest.approx([-2, -2.4, -1, 2, 3, 1.6])
+    (gradient,) = torch.autograd.grad(loss.sum(), new)
+    assert gradient.tolist() == pytest.approx([-2, 0, -1, 2, 3, 0])
+
+
+def random_tokens(rows=3, length=5):
+    generator = torch.Generator().manual_seed(0)
+    logps, old, ref = (
+        -torch.rand(rows, length, dtype=torch.float64, generator=generator) for _ in range(3)
+    )
+    mask = torch.tensor([[0, 1, 1, 1, 0], [1, 1, 0, 0, 0], [0, 0, 0, 0, 1]]).bool()
+    return logps, old, ref, mask, torch.tensor([1.5, -0.5, 2.0]).double()
+
+
+def test_grpo_losses_equal_loops():
+    logps, old, ref, mask, advantages = random_tokens()
+    published = train_grpo.grpo_loss(logps, old, ref, mask, advantages, 0.2, 0.3)
+    plain = train_grpo.policy_gradient_loss(logps, old, mask, advantages, 0.2)
+    for i in range(3):
+        terms, sums = [], []
+        for t in range(5):
+            if not mask[i, t]:
+                continue
+            ratio = math.exp(logps[i, t] - old[i, t])
+            a = advantages[i].item()
+            gain = min(ratio * a, min(max(ratio, 0.8), 1.2) * a)
+            q = math.exp(ref[i, t] - logps[i, t])
+            terms.append(gain - 0.3 * (q - math.log(q) - 1))
+            sums.append(gain)
+        assert published[i].item() == pytest.approx(-sum(terms) / len(terms))
+        assert plain[i].item() == pytest.approx(-sum(sums))
+
+
+def test_gae_equals_a_loop_over_its_definition():
+    """Eq. 16: Σ_k λ^k δ_{t+k}; with λ = 1 it is the return minus the value."""
+    generator = torch.Generator().manual_seed(0)
+    rewards, values = (torch.randn(2, 6, dtype=torch.float64, generator=generator) for _ in "rv")
+    for lam in (0.0, 0.7, 1.0):
+        advantages = train_rlhf.gae(rewards, values, lam)
+        for row in range(2):
+            v = [*values[row].tolist(), 0.0]
+            r = rewards[row].tolist()
+            for t in range(6):
+                deltas = [r[k] + v[k + 1] - v[k] for k in range(t, 6)]
+                expected = sum(lam**k * delta for k, delta in enumerate(deltas))
+                assert advantages[row, t].item() == pytest.approx(expected)
+    torch.testing.assert_close(advantages[:, 0], rewards.sum(1) - values[:, 0])
+
+
+def test_token_rewards_by_hand():
+    mask = torch.tensor([[0, 1, 1, 0], [1, 1, 1, 1]]).bool()
+    ratios = torch.tensor([[0.0, 0.2, -0.4, 0], [1, 0, 0, 1]])
+    rewards = train_rlhf.token_rewards(torch.tensor([3.0, -1]), ratios, mask, 0.5)
+    expected = torch.tensor([[0, -0.1, 3.2, 0], [-0.5, 0, 0, -1.5]])
+    torch.testing.assert_close(rewards, expected)
+
+
+# --- The reward model ---------------------------------------------------------------------------
+
+
+def test_the_reward_models_loss_is_eq_2():
+    """−log of Eq. 1's probability exp(a) / (exp(a) + exp(b)), and its gradient −(1 − p), 1 − p."""
+    chosen = torch.tensor([0.3, -1, 4]).double().requires_grad_()
+    rejected = torch.tensor([0.1, 2, 4]).double().requires_grad_()
+    loss = train_rlhf.reward_model_loss(chosen, rejected)
+    p = [math.exp(a) / (math.exp(a) + math.exp(b)) for a, b in ((0.3, 0.1), (-1, 2), (4, 4))]
+    assert loss.tolist() == pytest.approx([-math.log(x) for x in p])
+    gradients = torch.autograd.grad(loss.sum(), (chosen, rejected))
+    assert gradients[0].tolist() == pytest.approx([x - 1 for x in p])
+    assert gradients[1].tolist() == pytest.approx([1 - x for x in p])
+
+
+def tiny(tokenizer, seed=0):
+    torch.manual_seed(seed)
+    config = gpt.GPTConfig(tokenizer.n_vocab, 64, n_layer=1, n_head=2, n_embd=16)
+    return gpt.GPT(config).eval().requires_grad_(False)
+
+
+def test_a_reward_does_not_depend_on_padding_or_on_the_prompts_head(tokenizer):
+    reward_model = train_rlhf.RewardModel(tiny(tokenizer))
+    torch.nn.init.normal_(reward_model.head.weight)
+    question = data.split_questions()[0][0]
+    examples = [data.encode(tokenizer, question, t) for t in list(data.responses(question))[::150]]
+    alone = [reward_model(*data.collate([example], 0)).item() for example in examples]
+    assert reward_model(*data.collate(examples, 3)).tolist() == pytest.approx(alone, abs=1e-5)
+    hidden = reward_model.trunk.hidden(torch.tensor([examples[0][0]]))[0]
+    scored = [h for h, score in zip(hidden, examples[0][1]) if score]
+    expected = sum(reward_model.head(h).item() for h in scored)
+    assert alone[0] == pytest.approx(expected, abs=1e-5)
+
+
+def test_a_reward_model_learns_what_its_pairs_prefer(tokenizer):
+    question = data.split_questions()[0][0]
+    kind = [t for t, r in data.responses(question).items() if t.startswith(" Gladly!")]
+    rude = [t for t, r in data.responses(question).items() if t.startswith(" Ugh.")]
+    rng = random.Random(0)
+    pairs = [(question, rng.choice(kind), rng.choice(rude)) for _ in range(400)]
+    config = train_rlhf.Config(batch_size=20, reward_lr=1e-2)
+    reward = train_rlhf.learned_reward(
+        train_rlhf.train_reward_model(tiny(tokenizer), tokenizer, pairs, config), tokenizer
+    )
+    assert train_rlhf.accuracy(reward, pairs) > 0.95
+    flipped = [(prompt, rejected, chosen) for prompt, chosen, rejected in pairs]
+    assert train_rlhf.accuracy(reward, flipped) < 0.05
+    assert reward([question], [None]).item() == -3
+
+
+# --- Self-play ----------------------------------------------------------------------------------
+
+
+def test_comparisons_by_hand_and_by_frequency():
+    """Rewards 100 apart leave no doubt; of rewards one apart the better one wins σ(1) of times."""
+    generator = torch.Generator().manual_seed(0)
+    wins = train_selfplay.compare(torch.tensor([[0.0, 200, 100]]), generator)
+    assert wins[0].tolist() == [[False] * 3, [True, False, True], [True, False, False]]
+    wins = train_selfplay.compare(torch.tensor([[1.0, 0]] * 4000), generator)
+    assert torch.equal(wins[:, 0, 1], ~wins[:, 1, 0]) and not wins.diagonal(dim1=1, dim2=2).any()
+    p = 1 / (1 + math.exp(-1))
+    error = math.sqrt(p * (1 - p) / 4000)
+    assert abs(wins[:, 0, 1].float().mean().item() - p) < 4 * error
+
+
+def test_labels_are_counted_one_for_each_comparison():
+    config = train_selfplay.Config(rounds=3, questions=10, group=4)
+    assert train_selfplay.count_labels(config) == 3 * 10 * 6
+    assert train_selfplay.count_labels(dataclasses.replace(config, judge="model")) == 10 * 6
+    assert train_selfplay.count_labels(dataclasses.replace(config, spin=True)) == 0
+
+
+@pytest.mark.parametrize("spin", [False, True])
+def test_the_second_rounds_reference_is_the_first_rounds_policy(tokenizer, monkeypatch, spin):
+    """And the first round's is the SFT model: recorded where a round hands it to the loop."""
+    reference, seen = tiny(tokenizer), []
+    policy = copy.deepcopy(reference).requires_grad_(True)
+    original = train_dpo.train
+
+    def spy(policy, dataset, *rest):
+        examples, given = dataset[0][0], dataset[1][0]
+        live = [evaluate.response_logps(m, examples, 0) for m in (reference, policy)]
+        seen.append([torch.allclose(given, logps, atol=1e-4) for logps in live])
+        return original(policy, dataset, *rest)
+
+    monkeypatch.setattr(train_dpo, "train", spy)
+    config = train_selfplay.Config(
+        spin=spin, rounds=2, questions=8, group=3, batch_size=4, lr=0.05, spin_lr=0.5
+    )
+    questions = data.split_questions()[0]
+    steps = list(train_selfplay.train((policy, reference, tokenizer), config, questions))
+    assert [line["round"] for line in steps] == sorted(line["round"] for line in steps)
+    assert seen == [[True, True], [False, True]]
+
+
+def test_spin_demonstrations_are_kind_and_true(tokenizer):
+    questions = data.split_questions()[0][:3]
+    sides, _ = train_selfplay.spin_round(tiny(tokenizer), tokenizer, questions, [([1], [True])] * 3)
+    for question, (ids, mask) in zip(questions, sides[0]):
+        text = tokenizer.decode([i for i, scored in zip(ids, mask) if scored][:-1])
+        assert data.reward(question, text) == 3
+
+
+# --- Thumbs and ratings -------------------------------------------------------------------------
+
+
+def test_mismatched_examples_by_hand():
+    examples = [([1, 2, 3], [False, False, True]), ([4, 5, 6], [False, True, True])]
+    assert train_variant.mismatch(examples) == [
+        ([1, 2, 5, 6], [False, False, True, True]),
+        ([4, 3], [False, True]),
+    ]
+
+
+def test_a_pair_is_a_thumb_up_and_a_thumb_down(tokenizer):
+    reference, (question, other) = tiny(tokenizer), data.split_questions()[0][:2]
+    pairs = [(question, " Gladly!", " Ugh."), (other, " Of course!", " Not again.")]
+    thumbs = [(question, " Gladly!", True), (other, " Of course!", True)]
+    thumbs += [(question, " Ugh.", False), (other, " Not again.", False)]
+    for rows in (pairs, thumbs):
+        (examples, mismatched), given = train_variant.prepare_thumbs(reference, tokenizer, rows)
+        assert examples == [data.encode(tokenizer, prompt, text) for prompt, text, _ in thumbs]
+        assert mismatched[0] == data.encode(tokenizer, question, " Of course!")
+        assert mismatched[3] == data.encode(tokenizer, other, " Gladly!")
+        assert given[2].tolist() == [True, True, False, False]
+
+
+def write_lines(path, rows):
+    path.write_text("\n".join(json.dumps(row) for row in rows))
+    return str(path)
+
+
+def test_a_rated_log_gives_the_pairs_it_should(tmp_path, capsys):
+    """Best against worst of each prompt; a prompt with one rating, or with equal ones, none."""
+    said = [("q1", " a", 3), ("q2", " b", 1), ("q1", " c", 5), ("q1", " d", 1.5), ("q2", " e", 1)]
+    said += [("q3", " f", 2), ("q4", " g", -1), ("q4", " h", 0), ("q1", " i", 5)]
+    path = write_lines(
+        tmp_path / "log.jsonl", [{"prompt": p, "response": r, "rating": x} for p, r, x in said]
+    )
+    fields = data.fields_of(path)
+    rows = data.read_jsonl(path, fields, None, 64)
+    assert fields == ("prompt", "response", "rating") and rows == said
+    pairs = data.pairs_from_ratings(rows, path)
+    assert pairs == [("q1", " c", " d"), ("q4", " h", " g")]
+    assert "9 rated responses to 4 prompts give 2 pairs" in capsys.readouterr().out
+    with pytest.raises(SystemExit, match="no prompt has two responses of different ratings"):
+        data.pairs_from_ratings(rows[1:2], path)
+
+
+@pytest.mark.parametrize(
+    "row, message",
+    [
+        ({"prompt": "q", "completion": "a", "label": 1}, '"label" is neither true nor false'),
+        ({"prompt": "q", "response": "a", "rating": "5"}, '"rating" is no number'),
+        ({"prompt": "q", "response": "a", "rating": True}, '"rating" is no number'),
+        ({"prompt": "q", "response": "a", "rating": float("nan")}, '"rating" is not finite'),
+        ({"prompt": "q", "response": " ", "rating": 1}, '"response" is empty'),
+    ],
+)
+def test_a_bad_thumb_or_rating_is_named(tmp_path, row, message):
+    path = write_lines(tmp_path / "log.jsonl", [row])
+    with pytest.raises(SystemExit, match=f"line 1: {message}"):
+        data.read_jsonl(path, data.fields_of(path), None, 64)
+
+
+def test_thumbs_are_no_pairs(tokenizer):
+    with pytest.raises(SystemExit, match="--loss kto"):
+        train_dpo.prepare_pairs(None, tokenizer, [("q", "a", True)])
+
+
+# --- The experiments ----------------------------------------------------------------------------
+
+
+def test_best_of_n_equals_enumeration_of_draws():
+    """Three responses, two of equal reward, best of two; ties are broken by a coin."""
+    p, rewards = torch.tensor([0.5, 0.3, 0.2]).double(), torch.tensor([0.0, 1, 1]).double()
+    rows = compare.best_of_n((p.log()[None], rewards[None]), 2, beta=0.5)
+    best = [0.0] * 3
+    for i in range(3):
+        for j in range(3):
+            tied = rewards[i] == rewards[j]
+            for k, share in ((i, 0.5), (j, 0.5)) if tied else ((max(i, j), 1.0),):
+                best[k] += share * (p[i] * p[j]).item()
+    reward, kl, win = (column.item() for column in rows["policy"])
+    assert reward == pytest.approx(best[1] + best[2])
+    assert kl == pytest.approx(sum(b * math.log(b / q) for b, q in zip(best, p.tolist())))
+    one = 1 / (1 + math.exp(-1))
+    assert win == pytest.approx(
+        best[0] * (0.5 * 0.5 + 0.5 * (1 - one)) + (best[1] + best[2]) * (0.5 * one + 0.5 * 0.5)
+    )
+
+
+def test_the_frontier_is_touched_by_the_optimum_and_a_policy_beyond_it_is_caught():
+    generator = torch.Generator().manual_seed(0)
+    logps = torch.randn(40, 6, dtype=torch.float64, generator=generator).log_softmax(1)
+    rewards = torch.randn(40, 6, dtype=torch.float64, generator=generator)
+    best, _ = dpo.optimal_logps(logps, rewards, 0.5)
+    kl, reward = (best.exp() * (best - logps)).sum(1), (best.exp() * rewards).sum(1)
+    betas = [0.2, 0.5, 1.0]
+    (_, point, _) = frontier.frontier((logps, rewards), betas)
+    assert point == pytest.approx((kl.mean().item(), reward.mean().item()))
+    at, beyond = ({"kl": kl.tolist(), "reward": (reward + up).tolist()} for up in (-1e-9, 0.1))
+    assert frontier.excess(at, (logps, rewards), betas) <= 0
+    assert frontier.excess(beyond, (logps, rewards), betas) > 4
+
+
+def test_flipped_labels_exchange_sides_together_with_their_log_probabilities():
+    sides = [[("w", i) for i in range(400)], [("l", i) for i in range(400)]]
+    dataset = sides, [torch.arange(400.0), -torch.arange(400.0)]
+    (chosen, rejected), (ref_chosen, ref_rejected) = compare.flip(dataset, 0.25, seed=0)
+    flipped = [side == "l" for side, _ in chosen]
+    assert 70 < sum(flipped) < 130
+    for i, flip in enumerate(flipped):
+        assert chosen[i] == ("l" if flip else "w", i) and rejected[i] == ("w" if flip else "l", i)
+        assert ref_chosen[i] == (-i if flip else i) and ref_rejected[i] == -ref_chosen[i]
+
+
+def test_every_method_runs_and_finished_runs_are_not_repeated(tmp_path):
+    flags = ["--quick", "--seeds=0", f"--out={tmp_path}"]
+    first = command("experiments/compare.py", *flags)
+    assert first.stdout.count("optimality") == len(compare.METHODS) + 1
+    for name in compare.METHODS:
+        result = json.loads((tmp_path / "0" / f"{name}.json").read_text())
+        assert math.isfinite(result["optimality"])
+    again = command("experiments/compare.py", *flags)
+    assert again.stdout.count("optimality") == 1  # the table's head
+    picture = tmp_path / "frontier.svg"
+    drawn = command(
+        "experiments/frontier.py", "--quick", f"--out={tmp_path}", f"--picture={picture}"
+    )
+    assert "exact frontier" in picture.read_text() and "| PPO-GT | 0.25 |" in drawn.stdout
+
+
+@pytest.fixture(scope="module")
+def sft(tmp_path_factory):
+    out = tmp_path_factory.mktemp("sft")
+    command("train_sft.py", "--out", str(out), *TOY_SFT)
+    return out
+
+
+SIZES = ["--eval-questions=2", "--eval-samples=2"]
+
+
+@pytest.mark.parametrize(
+    "script, flags, name",
+    [
+        ("train_variant.py", ["--loss=orpo", "--num-pairs=16", "--batch-size=8"], "orpo"),
+        ("train_grpo.py", ["--steps=2", "--questions=2", "--group=2"], "grpo"),
+        ("train_rlhf.py", ["--steps=2", "--samples=8", "--num-pairs=16"], "rlhf"),
+        ("train_selfplay.py", ["--judge=model", "--questions=4"], "rlaif"),
+    ],
+)
+def test_a_trainer_writes_the_same_files_as_train_dpo(sft, script, flags, name):
+    run = command(f"variants/{script}", f"--out={sft}", *flags, *SIZES)
+    report = json.loads((sft / f"{name}.json").read_text())
+    assert {"reference", "policy", "optimum", "seconds", "config", "seed"} <= {*report}
+    lines = [json.loads(line) for line in (sft / f"{name}.jsonl").read_text().splitlines()]
+    assert "fresh/kl" in lines[-1] and {"loss", "grad_norm", "lr"} <= {*lines[0]}
+    assert "optimum, Eq. 4" in run.stdout and not run.stderr
+    assert gpt.load(sft / f"{name}.pt")[1]["tokens"] == gpt.load(sft / "sft.pt")[1]["tokens"]
+
+
+def test_kto_learns_from_somebodys_thumbs(sft, tmp_path):
+    rows = [
+        {"prompt": f"What is {i}?", "completion": f" It is {i}.", "label": i % 3 > 0}
+        for i in range(30)
+    ]
+    path = write_lines(tmp_path / "thumbs.jsonl", rows)
+    flags = ["--loss=kto", f"--pairs={path}", f"--out={sft}", "--batch-size=8", *SIZES]
+    command("variants/train_variant.py", *flags)
+    assert "held-out/accuracy" in json.loads((sft / "kto.json").read_text())
+
+
+@pytest.mark.parametrize(
+    "flags, message",
+    [
+        (["--loss=dop"], "--loss must be one of cdpo, robust, ipo"),
+        (["--alpha=-1"], "--alpha must be positive"),
+        (["--init=nowhere.pt"], "there is no nowhere.pt"),
+    ],
+)
+def test_a_variants_mistake_ends_in_one_line(monkeypatch, tmp_path, flags, message):
+    monkeypatch.setattr("sys.argv", ["train_variant.py", f"--out={tmp_path}", *flags])
+    with pytest.raises(SystemExit, match=message):
+        train_variant.main()
+
+
+def test_the_top_level_knows_nothing_of_the_family():
+    for path in ROOT.glob("*.py"):
+        assert "import variants" not in path.read_text() and "from variants" not in path.read_text()
