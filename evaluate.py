@@ -76,41 +76,42 @@ def exact_distribution(model, tokenizer, questions):
 
 
 def measure(policy, reference, tokenizer, questions, exact, config):
-    """Of {"reference", "policy", "optimum"}, by question, (Q,) each: true reward, KL, and how often
-    a Bradley-Terry judge prefers a response to one of the reference's. Then a bracket.
+    """Of {"reference", "policy", "optimum"}, by question, (Q,) each: true reward; KL; how often a
+    Bradley-Terry judge prefers a response to one of the reference's; share of garbled texts. Then
+    a bracket: how far the optimum's objective moves if those are left out of Z(x).
 
     The reference's and the optimum's are sums over all responses (Eq. 4), of which exact is the
     reference's exact_distribution(); the policy's are means of config.eval_samples fresh samples a
-    question. The bracket is how far the optimum's objective moves if the texts outside the grammar
-    are left out of Z(x).
+    question.
     """
-    logps, rewards = exact
-    best_logps, log_z = dpo.optimal_logps(logps, rewards, config.beta)
-    best = best_logps.exp()  # (Q, N + 1)
-    _, log_z_listed = dpo.optimal_logps(logps[:, :-1], rewards[:, :-1], config.beta)
+    ref_logps, rewards = exact
+    best_logps, log_z = dpo.optimal_logps(ref_logps, rewards, config.beta)
+    _, log_z_listed = dpo.optimal_logps(ref_logps[:, :-1], rewards[:, :-1], config.beta)
+    p_win = win_probabilities(ref_logps.exp(), rewards)
+
+    def sums(logps):
+        p, terms = logps.exp(), (rewards, logps - ref_logps, p_win(rewards))  # (Q, N + 1) each
+        return *((p * term).sum(dim=1) for term in terms), p[:, -1]
+
     prompts = [question for question in questions for _ in range(config.eval_samples)]
     texts, log_ratios = fresh_samples(policy, reference, tokenizer, prompts, config)
-    scores = torch.tensor([true_reward(p, t) for p, t in zip(prompts, texts)])
-    shape = len(questions), config.eval_samples
-    scores, log_ratios = scores.view(shape).double(), log_ratios.view(shape).double()  # (Q, S)
-    ref, p_win = logps.exp(), win_probabilities(logps.exp(), rewards)
+    scores, log_ratios, garbled = (
+        torch.tensor(values).double().view(len(questions), config.eval_samples)
+        for values in (
+            [true_reward(p, text) for p, text in zip(prompts, texts)],
+            log_ratios.tolist(),
+            [text not in data.responses(p) for p, text in zip(prompts, texts)],
+        )
+    )
     rows = {
-        "reference": (
-            (ref * rewards).sum(1),
-            torch.zeros_like(log_z),
-            (ref * p_win(rewards)).sum(1),
-        ),
-        "policy": (scores.mean(1), log_ratios.mean(1), p_win(scores).mean(1)),
-        "optimum": (
-            (best * rewards).sum(1),
-            (best * (best_logps - logps)).sum(1),
-            (best * p_win(rewards)).sum(1),
-        ),
+        "reference": sums(ref_logps),
+        "policy": tuple(x.mean(dim=1) for x in (scores, log_ratios, p_win(scores), garbled)),
+        "optimum": sums(best_logps),
     }
     return rows, config.beta * (log_z - log_z_listed).mean().item()
 
 
-METRICS = "reward", "kl", "objective", "optimality", "win_rate"
+METRICS = "reward", "kl", "objective", "optimality", "win_rate", "garbled"
 
 
 def win_probabilities(p, rewards):
@@ -128,12 +129,12 @@ def win_probabilities(p, rewards):
 
 def summarise(rows, beta, resamples=1000):
     """rows of measure() -> {row: {metric: mean, metric_se: error}}, bootstrapped over questions."""
-    columns = [torch.stack(column) for column in zip(*rows.values())]  # reward, KL, wins: (3, Q)
+    columns = [torch.stack(column) for column in zip(*rows.values())]  # (3, Q) each
 
-    def table(index):  # which questions, (..., Q) -> metric by row (5, 3, ...)
-        reward, kl, wins = (column[:, index].mean(-1) for column in columns)
+    def table(index):  # which questions, (..., Q) -> metric by row (6, 3, ...)
+        reward, kl, wins, garbled = (column[:, index].mean(-1) for column in columns)
         j = dpo.objective(reward, kl, beta)
-        return torch.stack([reward, kl, j, (j - j[0]) / (j[2] - j[0]), wins])
+        return torch.stack([reward, kl, j, (j - j[0]) / (j[2] - j[0]), wins, garbled])
 
     count = columns[0].shape[1]
     draws = torch.randint(count, (resamples, count), generator=torch.Generator().manual_seed(0))

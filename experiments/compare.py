@@ -220,9 +220,11 @@ def best_of_n(exact, n, beta):
     p_win = evaluate.win_probabilities(logps.exp(), rewards)(levels.expand(len(p), -1))
     _, log_z = dpo.optimal_logps(logps, rewards, beta)
     zero = torch.zeros_like(log_z)
-    optimum = beta * log_z, zero, zero  # its objective is all that is asked of it
-    reference = (p * levels).sum(1), zero, zero
-    policy = (best * levels).sum(1), kl, (best * p_win).sum(1)
+    optimum = beta * log_z, zero, zero, zero  # its objective is all that is asked of it
+    reference = (p * levels).sum(1), zero, zero, zero
+    lowest = rewards == data.UNPARSED
+    garbled = best[:, 0] * logps[:, -1].exp() / (logps.exp() * lowest).sum(1)
+    policy = (best * levels).sum(1), kl, (best * p_win).sum(1), garbled
     return {"reference": reference, "policy": policy, "optimum": optimum}
 
 
@@ -267,10 +269,10 @@ def cell(values, style):
 
 
 def print_table(folder, seeds, names):
-    print(
-        "\n| method | stages | models | labels | seconds | E[r] | KL | win rate | optimality | n |"
+    head = (
+        "stages | models | labels | seconds | E[r] | KL | garbled | win rate | optimality | seeds"
     )
-    print("|---|---|---|---|---|---|---|---|---|---|")
+    print(f"\n| method | {head} |\n" + "|---" * 11 + "|")
     for name in names:
         runs = read(folder, seeds, name)
         if not runs:
@@ -280,7 +282,8 @@ def print_table(folder, seeds, names):
         print(
             f"| {title} | {stages} | {models} | {statistics.fmean(columns['labels']):,.0f} "
             f"| {statistics.fmean(columns['seconds']):.0f} | {cell(columns['reward'], '.2f')} "
-            f"| {cell(columns['kl'], '.2f')} | {statistics.fmean(columns['win_rate']):.3f} "
+            f"| {cell(columns['kl'], '.2f')} | {statistics.fmean(columns['garbled']):.1%} "
+            f"| {statistics.fmean(columns['win_rate']):.3f} "
             f"| {cell(columns['optimality'], '.1%')} | {len(runs)} |"
         )
 

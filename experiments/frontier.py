@@ -99,7 +99,7 @@ def trace(ground, method, beta, config):
         if step * config.probes // steps > (step - 1) * config.probes // steps:
             ruler = dataclasses.replace(ruler, seed=step)
             rows, _ = evaluate.measure(*models, ground.held_out, ground.exact, ruler)
-            reward, kl, _ = rows["policy"]
+            reward, kl, *_ = rows["policy"]
             points.append({"step": step, "reward": reward.tolist(), "kl": kl.tolist()})
     return points
 

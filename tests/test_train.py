@@ -138,7 +138,7 @@ def test_measure_knows_another_policys_reward_and_kl(known, tokenizer):
         spread = (p * (values - mean) ** 2).sum().sqrt() / math.sqrt(4000)
         assert abs(found - mean) < 4 * spread and spread < 0.03
     assert rows["policy"][1] > 0.1
-    reward, kl = rows["optimum"]
+    reward, kl, *_ = rows["optimum"]
     log_z = (q * (rewards / 0.5).exp()).sum().log()
     assert (reward - 0.5 * kl).item() == pytest.approx(0.5 * log_z.item(), abs=1e-5)
 
@@ -189,9 +189,9 @@ def test_summary_by_hand():
     """Two questions, β = 0.5: optimality is a ratio of means, (1.25 − 0.5)/(2 − 0.5) = ½."""
     zero, one = torch.zeros(2).double(), torch.ones(2).double()
     rows = {
-        "reference": (torch.tensor([0.0, 1.0]).double(), zero, one / 2),
-        "policy": (torch.tensor([2.0, 1.5]).double(), one, torch.tensor([0.9, 0.6]).double()),
-        "optimum": (torch.tensor([3.0, 2.0]).double(), one, one),
+        "reference": (torch.tensor([0.0, 1.0]).double(), zero, one / 2, zero),
+        "policy": (torch.tensor([2.0, 1.5]).double(), one, torch.tensor([0.9, 0.6]).double(), one),
+        "optimum": (torch.tensor([3.0, 2.0]).double(), one, one, zero),
     }
     summary = evaluate.summarise(rows, beta=0.5, resamples=4000)
     policy = summary["policy"]

@@ -372,22 +372,24 @@ def test_thumbs_are_no_pairs(tokenizer):
 
 
 def test_best_of_n_equals_enumeration_of_draws():
-    """Three responses, two of equal reward, best of two; ties are broken by a coin."""
-    p, rewards = torch.tensor([0.5, 0.3, 0.2]).double(), torch.tensor([0.0, 1, 1]).double()
-    rows = compare.best_of_n((p.log()[None], rewards[None]), 2, beta=0.5)
+    """Three responses, two of them worth −3, the last garbled; best of two, ties by a coin."""
+    p, rewards = [0.3, 0.5, 0.2], [-3.0, 1, -3]
+    exact = torch.tensor([p], dtype=torch.float64).log(), torch.tensor([rewards]).double()
+    rows = compare.best_of_n(exact, 2, beta=0.5)
     best = [0.0] * 3
     for i in range(3):
         for j in range(3):
-            tied = rewards[i] == rewards[j]
-            for k, share in ((i, 0.5), (j, 0.5)) if tied else ((max(i, j), 1.0),):
-                best[k] += share * (p[i] * p[j]).item()
-    reward, kl, win = (column.item() for column in rows["policy"])
-    assert reward == pytest.approx(best[1] + best[2])
-    assert kl == pytest.approx(sum(b * math.log(b / q) for b, q in zip(best, p.tolist())))
-    one = 1 / (1 + math.exp(-1))
+            winners = [k for k in (i, j) if rewards[k] == max(rewards[i], rewards[j])]
+            for k in winners:
+                best[k] += p[i] * p[j] / len(winners)
+    reward, kl, win, garbled = (column.item() for column in rows["policy"])
+    assert reward == pytest.approx(sum(b * r for b, r in zip(best, rewards)))
+    assert kl == pytest.approx(sum(b * math.log(b / q) for b, q in zip(best, p)))
+    beats = 1 / (1 + math.exp(-4))
     assert win == pytest.approx(
-        best[0] * (0.5 * 0.5 + 0.5 * (1 - one)) + (best[1] + best[2]) * (0.5 * one + 0.5 * 0.5)
+        best[1] * (0.5 * 0.5 + 0.5 * beats) + (1 - best[1]) * (0.5 * 0.5 + 0.5 * (1 - beats))
     )
+    assert garbled == pytest.approx(best[2])
 
 
 def test_the_frontier_is_touched_by_the_optimum_and_a_policy_beyond_it_is_caught():

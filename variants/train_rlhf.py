@@ -41,6 +41,7 @@ class Config:
     num_pairs: int = 24_000  # for the reward model
     batch_size: int = 64  # pairs a step
     reward_lr: float = 1e-3  # of the reward model, AdamW
+    reward_epochs: int = 2
     kl_beta: float = 0.5  # weight of the KL in training
     beta: float = 0.5  # of Eq. 3, by which the result is judged
     steps: int = 60  # of PPO, each on fresh samples
@@ -90,13 +91,13 @@ def reward_model_loss(chosen_rewards, rejected_rewards):
 
 
 def train_reward_model(reference, tokenizer, pairs, config):
-    """(prompt, chosen, rejected) texts -> the reward model, one epoch of Eq. 2."""
+    """(prompt, chosen, rejected) texts -> the reward model, trained by Eq. 2."""
     model = RewardModel(reference)
     device = model.head.weight.device
     optimizer = torch.optim.AdamW(model.parameters(), config.reward_lr, weight_decay=0)
     sides = [[data.encode(tokenizer, pair[0], pair[i]) for pair in pairs] for i in (1, 2)]
     batch_size = min(config.batch_size, len(pairs))
-    steps = len(pairs) // batch_size
+    steps = config.reward_epochs * len(pairs) // batch_size
     batches = data.batches(len(pairs), batch_size, steps, config.seed)
     for step, rows in enumerate(evaluate.progress(batches, "reward model", steps)):
         optimizer.param_groups[0]["lr"] = config.reward_lr * schedule(step, steps)

@@ -56,6 +56,7 @@ class Config:
     epochs: int = 1  # a round
     batch_size: int = 64  # responses a step; with spin, pairs
     reward_lr: float = 1e-3  # of the reward model
+    reward_epochs: int = 2
     max_new_tokens: int = 24
     eval_questions: int = 120  # at most, of each held-out set
     eval_samples: int = 20  # a question
