@@ -28,7 +28,7 @@ def both_ways(
 
 
 # --------------------------------------------------------------------------------------------------
-# cDPO: Mitchell 2023, "A note on DPO with noisy preferences & relationship to IPO".
+# cDPO: Mitchell 2023, "A note on DPO with noisy preferences & relationship to IPO", Eq. 3.
 # A label is believed to be right only with probability 1 − ε, so that the best margin is finite.
 
 
@@ -73,7 +73,7 @@ def robust_loss(
 # --------------------------------------------------------------------------------------------------
 # IPO: Azar et al. 2023, arXiv:2310.12036, Eq. 17.
 # A finite target for the log-ratio in place of a sigmoid that always asks for more.
-# The paper's Δ is a sum over tokens; some trainers average (TRL does). β (the paper's τ) means
+# The paper's Δ is a sum over tokens; TRL divides by length (average=True). β, the paper's τ, means
 # something else in each, and neither is the β of Eq. 3 under Bradley-Terry.
 
 
@@ -96,9 +96,9 @@ def ipo_loss(
 
 
 # --------------------------------------------------------------------------------------------------
-# Hinge: Liu et al. 2023 (RSO), arXiv:2309.06657.
-# Once a pair is told apart by a margin of 1, it is left alone. SLiC-HF (arXiv:2305.10425) has the
-# same hinge without a reference.
+# Hinge: Liu et al. 2023 (RSO), arXiv:2309.06657, "hinge-norm".
+# Once a pair is told apart by a margin of 1, it is left alone. SLiC-HF (arXiv:2305.10425), where
+# the hinge comes from, has no reference, a margin of its own, and a cross-entropy term.
 
 
 def hinge_loss(
@@ -116,6 +116,7 @@ def hinge_loss(
 # --------------------------------------------------------------------------------------------------
 # RPO: Pang et al. 2024 (iterative reasoning preference optimization), arXiv:2404.19733, Eq. 1.
 # DPO plus the chosen response's SFT loss, by length: chosen must stay likely, not only likelier.
+# The length is each response's own, as in the paper; TRL takes one mean over the batch's tokens.
 
 
 def rpo_loss(
@@ -160,7 +161,8 @@ def simpo_loss(
 # --------------------------------------------------------------------------------------------------
 # ORPO: Hong et al. 2024, arXiv:2403.07691, Eq. 6 and 7.
 # SFT on the chosen response and a preference for its odds in one pass, from the pretrained model.
-# No reference and no β: those arguments are unused.
+# No reference and no β: those arguments are unused (what TRL calls beta is λ). The SFT term is the
+# response's mean over tokens, as in the odds; TRL's scores the prompt too.
 
 
 def orpo_loss(
@@ -186,7 +188,7 @@ def orpo_loss(
 # --------------------------------------------------------------------------------------------------
 # KTO: Ethayarajh et al. 2024, arXiv:2402.01306, Eq. 8.
 # Thumbs up or down on single responses in place of pairs: a response is worth its s above what the
-# policy gains on anything, z.
+# policy gains on anything, z. (Eq. 7 in an early version, where TRL's comments have it from.)
 
 
 def kto_reference_point(policy_logps: Tensor, ref_logps: Tensor) -> Tensor:
@@ -218,7 +220,8 @@ def kto_loss(
 # --------------------------------------------------------------------------------------------------
 # SPPO: Wu et al. 2024, arXiv:2405.00675.
 # Regression on a response's own win probability P against the policy that wrote it: both
-# log-probabilities are pinned, where Eq. 7 pins their difference only. β is the paper's 1/η.
+# log-probabilities are pinned, where Eq. 7 pins their difference only. β is the paper's 1/η. The
+# authors' trainer halves the sum over a pair, TRL's does not and takes P = 1 and 0.
 
 
 def sppo_loss(policy_logps: Tensor, ref_logps: Tensor, win_probs: Tensor, beta: float) -> Tensor:

@@ -24,15 +24,15 @@ from variants import losses
 
 # Found by a small sweep on seed 0 (README, "The family").
 DEFAULTS = {
-    "cdpo": {},
-    "robust": {},
-    "ipo": {},
-    "hinge": {},
-    "rpo": {},
-    "simpo": {},
-    "orpo": {},
-    "kto": {},
-    "sppo": {},
+    "cdpo": {"loss_beta": 0.3, "lr": 1e-2},
+    "robust": {"loss_beta": 0.6, "lr": 5e-3},
+    "ipo": {"loss_beta": 0.085, "lr": 1e-4},
+    "hinge": {"loss_beta": 0.35, "lr": 4e-3},
+    "rpo": {"loss_beta": 0.4, "lr": 8e-3},
+    "simpo": {"loss_beta": 2.5, "lr": 2e-3},
+    "orpo": {"lr": 3e-3, "optimizer": "adamw"},
+    "kto": {"lr": 6e-3, "batch_size": 128},
+    "sppo": {"loss_beta": 0.04, "lr": 5e-5},
 }
 
 
