@@ -57,8 +57,11 @@ def fresh_samples(policy, reference, tokenizer, prompts, config):
     return texts, policy_logps - ref_logps
 
 
-def true_reward(prompt, text):
-    return data.UNPARSED if text is None else data.reward(prompt, text)
+def true_rewards(prompts, texts):
+    """The village's reward of each response (B,), a cut-off one (None) being unparsed."""
+    return torch.tensor(
+        [data.UNPARSED if t is None else data.reward(p, t) for p, t in zip(prompts, texts)]
+    )
 
 
 def exact_distribution(model, tokenizer, questions):
@@ -96,11 +99,11 @@ def measure(policy, reference, tokenizer, questions, exact, config):
     prompts = [question for question in questions for _ in range(config.eval_samples)]
     texts, log_ratios = fresh_samples(policy, reference, tokenizer, prompts, config)
     scores, log_ratios, garbled = (
-        torch.tensor(values).double().view(len(questions), config.eval_samples)
+        values.double().view(len(questions), config.eval_samples)
         for values in (
-            [true_reward(p, text) for p, text in zip(prompts, texts)],
-            log_ratios.tolist(),
-            [text not in data.responses(p) for p, text in zip(prompts, texts)],
+            true_rewards(prompts, texts),
+            log_ratios,
+            torch.tensor([text not in data.responses(p) for p, text in zip(prompts, texts)]),
         )
     )
     rows = {
@@ -168,5 +171,6 @@ def print_answers(reference, policy, tokenizer, prompts, config):
     for prompt, *texts in zip(prompts, before, after):
         print(f"  {prompt}")
         for label, text in zip(("before", "after "), texts):
-            score = f"{true_reward(prompt, text):+.0f}" if prompt in data.QUESTIONS else ""
+            village = prompt in data.QUESTIONS
+            score = f"{true_rewards([prompt], [text]).item():+.0f}" if village else ""
             print(f"    {label} {score} {'(cut off)' if text is None else text}")

@@ -76,8 +76,8 @@ def sample_pairs(reference, tokenizer, config, questions):
     examples, texts = evaluate.sample_responses(
         reference, tokenizer, prompts, config, "sampling pairs"
     )
-    rewards = torch.tensor([evaluate.true_reward(p, text) for p, text in zip(prompts, texts)])
-    p_first = dpo.preference_probability(rewards[::2].double(), rewards[1::2].double())
+    rewards = evaluate.true_rewards(prompts, texts).double()
+    p_first = dpo.preference_probability(rewards[::2], rewards[1::2])
     pairs = []
     for prompt, first, second, p in zip(prompts[::2], texts[::2], texts[1::2], p_first.tolist()):
         if first and second and first.strip() and second.strip() and first != second:
@@ -296,10 +296,10 @@ def village_probe(policy, reference, tokenizer, config):
     """What loss and accuracy do not show, on four fresh samples a held-out question."""
     prompts = 4 * data.split_questions()[1][: config.eval_questions]
     texts, log_ratios = evaluate.fresh_samples(policy, reference, tokenizer, prompts, config)
-    rewards = [evaluate.true_reward(p, text) for p, text in zip(prompts, texts)]
+    rewards = evaluate.true_rewards(prompts, texts)
     garbled = [text not in data.responses(p) for p, text in zip(prompts, texts)]
     return {
-        "fresh/reward": sum(rewards) / len(rewards),
+        "fresh/reward": rewards.mean().item(),
         "fresh/kl": log_ratios.mean().item(),
         "fresh/garbled": sum(garbled) / len(garbled),
     }

@@ -30,7 +30,7 @@ import evaluate
 import model as gpt
 import train_dpo
 import train_sft
-from variants import train_grpo, train_rlhf, train_selfplay, train_variant
+from variants import reward_model, train_grpo, train_rlhf, train_selfplay, train_variant
 
 ROOT = Path(__file__).parent.parent
 TOY_SFT = "--n-embd=16 --n-layer=1 --n-head=2 --steps=20 --pretrain-steps=3 --lr=0.02".split()
@@ -87,7 +87,7 @@ class Ground:
         self.reference.requires_grad_(False)
         self.tokenizer = data.build_tokenizer(state["tokens"])
         self.questions, self.held_out, _ = data.split_questions()
-        self.held_out = self.held_out[: 2 if quick else None]
+        self.held_out = self.held_out[: 12 if quick else None]
         self.exact = evaluate.exact_distribution(self.reference, self.tokenizer, self.held_out)
 
     def config(self, cls, **settings):
@@ -178,17 +178,17 @@ def run_method(ground, name, **settings):
         return policy, train_selfplay.count_labels(config), 0
     if name in ("grpo", "grpo_no_std"):
         config = ground.config(train_grpo.Config, no_std=name == "grpo_no_std")
-        reward = train_grpo.village_reward
+        reward = evaluate.true_rewards
         consume(train_grpo.train(models, config, ground.questions, reward), name)
         return policy, config.steps * config.questions * config.group, 0
     if name in ("rlhf", "ppo_gt"):
         config, seconds = ground.config(train_rlhf.Config), 0
-        reward, labels = train_grpo.village_reward, config.steps * config.samples
+        reward, labels = evaluate.true_rewards, config.steps * config.samples
         if name == "rlhf":
             texts, _, seconds = ground.pairs()
             labels = len(texts)
-            reward_model = train_rlhf.train_reward_model(ground.reference, tokenizer, texts, config)
-            reward = train_rlhf.learned_reward(reward_model, tokenizer)
+            judge = reward_model.train_reward_model(ground.reference, tokenizer, texts, config)
+            reward = reward_model.learned_reward(judge, tokenizer)
         consume(train_rlhf.train(models, config, ground.questions, reward), name)
         return policy, labels, seconds
     return run_pairs(ground, name, **settings)

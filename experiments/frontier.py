@@ -27,7 +27,7 @@ import evaluate
 import train_dpo
 from experiments.compare import ROOT, Ground
 from train_sft import read_config
-from variants import train_grpo, train_rlhf, train_variant
+from variants import reward_model, train_grpo, train_rlhf, train_variant
 
 matplotlib.rcParams["svg.hashsalt"] = "frontier"  # the same points give the same file
 
@@ -76,15 +76,15 @@ def training_of(ground, method, beta, policy):
         return train_dpo.train(policy, dataset, config, end, *arguments), steps
     if method == "GRPO":
         config = ground.config(train_grpo.Config, kl_beta=beta)
-        training = train_grpo.train(models, config, ground.questions, train_grpo.village_reward)
+        training = train_grpo.train(models, config, ground.questions, evaluate.true_rewards)
         return training, config.steps
-    config, reward = ground.config(train_rlhf.Config, kl_beta=beta), train_grpo.village_reward
+    config, reward = ground.config(train_rlhf.Config, kl_beta=beta), evaluate.true_rewards
     if method == "PPO":
         if not hasattr(ground, "reward_model"):
             texts, _, _ = ground.pairs()
             arguments = ground.reference, ground.tokenizer, texts, config
-            ground.reward_model = train_rlhf.train_reward_model(*arguments)
-        reward = train_rlhf.learned_reward(ground.reward_model, ground.tokenizer)
+            ground.reward_model = reward_model.train_reward_model(*arguments)
+        reward = reward_model.learned_reward(ground.reward_model, ground.tokenizer)
     return train_rlhf.train(models, config, ground.questions, reward), config.steps
 
 

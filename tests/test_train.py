@@ -98,7 +98,9 @@ def test_brute_force_agrees_with_the_known_reference_and_with_sampling(known, to
     # Z(x) = E_ref[exp(r/β)]: with β = 2 no single response dominates, and sampling works too.
     config = SimpleNamespace(seed=0, max_new_tokens=24)
     _, texts = evaluate.sample_responses(known, tokenizer, [question] * 4000, config, "")
-    terms = torch.tensor([math.exp(evaluate.true_reward(question, t) / beta) for t in texts])
+    terms = torch.tensor(
+        [math.exp(evaluate.true_rewards([question], [t]).item() / beta) for t in texts]
+    )
     _, log_z = dpo.optimal_logps(logps, rewards, beta)
     error = terms.std() / math.sqrt(len(terms))
     assert abs(terms.mean() - log_z.exp()) < 4 * error and error < 0.02 * terms.mean()

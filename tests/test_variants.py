@@ -16,7 +16,7 @@ import evaluate
 import model as gpt
 import train_dpo
 from experiments import compare, frontier
-from variants import losses, train_grpo, train_rlhf, train_selfplay, train_variant
+from variants import losses, reward_model, train_grpo, train_rlhf, train_selfplay, train_variant
 
 
 @pytest.fixture(autouse=True)
@@ -205,7 +205,7 @@ def test_the_reward_models_loss_is_eq_2():
     """−log of Eq. 1's probability exp(a) / (exp(a) + exp(b)), and its gradient −(1 − p), 1 − p."""
     chosen = torch.tensor([0.3, -1, 4]).double().requires_grad_()
     rejected = torch.tensor([0.1, 2, 4]).double().requires_grad_()
-    loss = train_rlhf.reward_model_loss(chosen, rejected)
+    loss = reward_model.reward_model_loss(chosen, rejected)
     p = [math.exp(a) / (math.exp(a) + math.exp(b)) for a, b in ((0.3, 0.1), (-1, 2), (4, 4))]
     assert loss.tolist() == pytest.approx([-math.log(x) for x in p])
     gradients = torch.autograd.grad(loss.sum(), (chosen, rejected))
@@ -220,15 +220,15 @@ def tiny(tokenizer, seed=0):
 
 
 def test_a_reward_does_not_depend_on_padding_or_on_the_prompts_head(tokenizer):
-    reward_model = train_rlhf.RewardModel(tiny(tokenizer))
-    torch.nn.init.normal_(reward_model.head.weight)
+    model = reward_model.RewardModel(tiny(tokenizer))
+    torch.nn.init.normal_(model.head.weight)
     question = data.split_questions()[0][0]
     examples = [data.encode(tokenizer, question, t) for t in list(data.responses(question))[::150]]
-    alone = [reward_model(*data.collate([example], 0)).item() for example in examples]
-    assert reward_model(*data.collate(examples, 3)).tolist() == pytest.approx(alone, abs=1e-5)
-    hidden = reward_model.trunk.hidden(torch.tensor([examples[0][0]]))[0]
+    alone = [model(*data.collate([example], 0)).item() for example in examples]
+    assert model(*data.collate(examples, 3)).tolist() == pytest.approx(alone, abs=1e-5)
+    hidden = model.trunk.hidden(torch.tensor([examples[0][0]]))[0]
     scored = [h for h, score in zip(hidden, examples[0][1]) if score]
-    expected = sum(reward_model.head(h).item() for h in scored)
+    expected = sum(model.head(h).item() for h in scored)
     assert alone[0] == pytest.approx(expected, abs=1e-5)
 
 
@@ -239,12 +239,12 @@ def test_a_reward_model_learns_what_its_pairs_prefer(tokenizer):
     rng = random.Random(0)
     pairs = [(question, rng.choice(kind), rng.choice(rude)) for _ in range(400)]
     config = train_rlhf.Config(batch_size=20, reward_lr=1e-2)
-    reward = train_rlhf.learned_reward(
-        train_rlhf.train_reward_model(tiny(tokenizer), tokenizer, pairs, config), tokenizer
+    reward = reward_model.learned_reward(
+        reward_model.train_reward_model(tiny(tokenizer), tokenizer, pairs, config), tokenizer
     )
-    assert train_rlhf.accuracy(reward, pairs) > 0.95
+    assert reward_model.accuracy(reward, pairs) > 0.95
     flipped = [(prompt, rejected, chosen) for prompt, chosen, rejected in pairs]
-    assert train_rlhf.accuracy(reward, flipped) < 0.05
+    assert reward_model.accuracy(reward, flipped) < 0.05
     assert reward([question], [None]).item() == -3
 
 

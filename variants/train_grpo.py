@@ -40,14 +40,14 @@ class Config:
     out: str = "out"  # folder for all that is written
     init: str = ""  # checkpoint to start from: OUT/sft.pt
     no_std: bool = False  # the plain policy gradient
-    kl_beta: float = 0.5  # weight of the KL in training
-    beta: float = 0.5  # of Eq. 3, by which the result is judged
+    kl_beta: float = 0.35  # weight of k3 in the published loss
+    beta: float = 0.5  # of Eq. 3, by which the result is judged, and which --no-std follows
     steps: int = 60  # each on fresh samples
     questions: int = 64  # a step
     group: int = 8  # responses a question
     minibatches: int = 2  # of a step's samples, one update each
     clip: float = 0.2
-    lr: float = 3e-4
+    lr: float = 6e-4
     optimizer: str = "adamw"  # or sgd
     momentum: float = 0.9  # of sgd
     max_new_tokens: int = 24
@@ -109,7 +109,7 @@ def train(models, config, questions, reward):
         texts, ids, mask, old_logps, ref_logps = rolled
         log_ratios = (old_logps - ref_logps).sum(dim=1)  # (B,)
         rewards = reward(prompts, texts).to(ids.device)
-        scores = rewards - config.kl_beta * log_ratios if config.no_std else rewards
+        scores = rewards - config.beta * log_ratios if config.no_std else rewards
         advantages = group_advantages(scores.view(-1, config.group), not config.no_std).flatten()
         for rows in torch.randperm(len(ids), generator=generator).chunk(config.minibatches):
             logps = dpo.token_logps(policy(ids[rows]), ids[rows], mask[rows])
@@ -129,16 +129,11 @@ def train(models, config, questions, reward):
         }
 
 
-def village_reward(prompts, texts):
-    """The true reward of each response, (B,)."""
-    return torch.tensor([evaluate.true_reward(p, text) for p, text in zip(prompts, texts)])
-
-
 def main():
     config = read_config(Config, "train_grpo.py")
     models = _, reference, tokenizer = start(config)
     check_village_fits(tokenizer, reference.config.block_size, config)
-    training = train(models, config, data.split_questions()[0], village_reward)
+    training = train(models, config, data.split_questions()[0], evaluate.true_rewards)
     labels = {"labels": config.steps * config.questions * config.group}
     print(f"{labels['labels']} true rewards will be asked for")
     shown = ("reward", "kl", "loss")

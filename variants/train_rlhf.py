@@ -12,7 +12,6 @@ A response that was cut off earns −3, whatever the reward model thinks.
 Writes out/rlhf.pt, .jsonl and .json (ppo_gt.* with --true-reward).
 """
 
-import copy
 import dataclasses
 import random
 import sys
@@ -20,7 +19,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 
 sys.path.insert(0, str(Path(__file__).parent.parent))  # run from anywhere
 import data
@@ -29,7 +27,8 @@ import evaluate
 import train_dpo
 from train_sft import read_config, schedule
 from variants.losses import clipped_loss
-from variants.train_grpo import roll_out, village_reward
+from variants.reward_model import accuracy, learned_reward, scalar_head, train_reward_model
+from variants.train_grpo import roll_out
 
 
 @dataclass
@@ -60,78 +59,6 @@ class Config:
     compile: bool = False
 
 
-# --------------------------------------------------------------------------------------------------
-# The reward model
-
-
-class RewardModel(torch.nn.Module):
-    """The SFT model with a scalar head in place of its last projection."""
-
-    def __init__(self, reference):
-        super().__init__()
-        self.trunk = copy.deepcopy(reference).requires_grad_(True)
-        self.head = scalar_head(reference)
-
-    def forward(self, ids, mask):
-        """ids, mask (B, T) -> the reward of each text (B,), the sum over its scored tokens."""
-        scores = self.head(self.trunk.hidden(ids))[:, :, 0]  # (B, T)
-        return (scores * mask).sum(dim=1)
-
-
-def scalar_head(model):
-    head = torch.nn.Linear(model.config.n_embd, 1).to(model.wte.weight.device)
-    torch.nn.init.zeros_(head.weight)
-    torch.nn.init.zeros_(head.bias)
-    return head
-
-
-def reward_model_loss(chosen_rewards, rejected_rewards):
-    """Eq. 2: −log σ(r(x, y_w) − r(x, y_l)), (B,) each -> (B,)."""
-    return -F.logsigmoid(chosen_rewards - rejected_rewards)
-
-
-def train_reward_model(reference, tokenizer, pairs, config):
-    """(prompt, chosen, rejected) texts -> the reward model, trained by Eq. 2."""
-    model = RewardModel(reference)
-    device = model.head.weight.device
-    optimizer = torch.optim.AdamW(model.parameters(), config.reward_lr, weight_decay=0)
-    sides = [[data.encode(tokenizer, pair[0], pair[i]) for pair in pairs] for i in (1, 2)]
-    batch_size = min(config.batch_size, len(pairs))
-    steps = config.reward_epochs * len(pairs) // batch_size
-    batches = data.batches(len(pairs), batch_size, steps, config.seed)
-    for step, rows in enumerate(evaluate.progress(batches, "reward model", steps)):
-        optimizer.param_groups[0]["lr"] = config.reward_lr * schedule(step, steps)
-        examples = [side[i] for side in sides for i in rows]
-        ids, mask = (t.to(device) for t in data.collate(examples, tokenizer.eot_token))
-        losses = reward_model_loss(*model(ids, mask).chunk(2))
-        train_dpo.descend(losses.mean(), model, optimizer)
-    return model.requires_grad_(False)
-
-
-def learned_reward(reward_model, tokenizer):
-    """-> reward(prompts, texts) as train() wants it."""
-
-    def reward(prompts, texts):
-        examples = [data.encode(tokenizer, p, text or "") for p, text in zip(prompts, texts)]
-        ids, mask = data.collate(examples, tokenizer.eot_token)
-        device = reward_model.head.weight.device
-        rewards = reward_model(ids.to(device), mask.to(device)).cpu()
-        cut_off = torch.tensor([text is None for text in texts])
-        return rewards.masked_fill(cut_off, data.UNPARSED)
-
-    return reward
-
-
-def accuracy(reward, pairs):
-    """How often reward() agrees with the label of a (prompt, chosen, rejected)."""
-    prompts, chosen, rejected = zip(*pairs)
-    return (reward(prompts, chosen) > reward(prompts, rejected)).float().mean().item()
-
-
-# --------------------------------------------------------------------------------------------------
-# PPO
-
-
 def gae(rewards, values, gae_lambda):
     """Σ_k λ^k δ_{t+k}, δ_t = r_t + V_{t+1} − V_t (Eq. 16 without discount): (B, T) each -> (B, T).
 
@@ -158,7 +85,7 @@ def logps_and_values(policy, value_head, ids, mask):
     return dpo.token_logps(policy.lm_head(hidden), ids, mask), values
 
 
-def train(models, config, questions, reward, true_reward=village_reward):
+def train(models, config, questions, reward, true_reward=evaluate.true_rewards):
     """Yields each step's metrics. reward(prompts, texts) -> (B,); the true one is only logged."""
     policy, reference, tokenizer = models
     value_head = scalar_head(policy)
@@ -207,7 +134,7 @@ def main():
     train_questions, held_out, _ = data.split_questions()
     seconds, extra = {}, {"labels": config.num_pairs}
     if config.true_reward:
-        name, reward = "ppo_gt", village_reward
+        name, reward = "ppo_gt", evaluate.true_rewards
         extra["labels"] = config.steps * config.samples
     else:
         name = "rlhf"

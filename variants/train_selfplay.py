@@ -33,7 +33,7 @@ import evaluate
 import train_dpo
 from train_sft import read_config
 from variants.losses import sppo_loss
-from variants.train_rlhf import learned_reward, train_reward_model, village_reward
+from variants.reward_model import learned_reward, train_reward_model
 
 
 @dataclass
@@ -89,7 +89,7 @@ def spin_round(opponent, tokenizer, prompts, examples):
     return sides, [evaluate.response_logps(opponent, s, tokenizer.eot_token) for s in sides]
 
 
-def train(models, config, questions, reward=village_reward):
+def train(models, config, questions, reward=evaluate.true_rewards):
     """Yields the metrics of every step of every round. reward(prompts, texts) -> (B,) labels."""
     policy, _, tokenizer = models
     rng = random.Random(config.seed)
