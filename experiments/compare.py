@@ -19,6 +19,7 @@ import subprocess
 import sys
 import time
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 import torch
@@ -35,25 +36,23 @@ from variants import reward_model, train_grpo, train_rlhf, train_selfplay, train
 ROOT = Path(__file__).parent.parent
 TOY_SFT = "--n-embd=16 --n-layer=1 --n-head=2 --steps=20 --pretrain-steps=3 --lr=0.02".split()
 TOY = "num_pairs=48 batch_size=8 steps=2 questions=8 group=4 samples=16 rounds=2".split()
-PAIR_LOSSES = "ipo", "rpo", "cdpo", "robust", "hinge", "kto", "simpo", "orpo", "sppo"
-USE_PAIRS = "dpo", *PAIR_LOSSES, "kto_half", "sft_chosen", "rlhf"
 NOISE = 0.1, 0.2, 0.3
 BEST_OF = 16
 
 # name: (what the table calls it, stages after pretraining, models held in training)
 METHODS = {
     "dpo": ("DPO", 2, 2),
-    **{name: (name.upper(), 2, 2) for name in PAIR_LOSSES},
-    "simpo": ("SimPO", 2, 1),
-    "orpo": ("ORPO, from the pretrained model", 1, 1),
-    "kto": ("KTO", 2, 2),
     "cdpo": ("cDPO", 2, 2),
+    "rpo": ("RPO", 2, 2),
+    "ipo": ("IPO", 2, 2),
     "robust": ("robust DPO", 2, 2),
     "hinge": ("hinge", 2, 2),
-    "sppo": ("SPPO's loss, one round", 2, 2),
+    "kto": ("KTO", 2, 2),
     "kto_half": ("KTO, half the pairs", 2, 2),
+    "sppo": ("SPPO's loss on the pairs", 2, 2),
+    "simpo": ("SimPO", 2, 1),
+    "orpo": ("ORPO, from the pretrained model", 1, 1),
     "sft_chosen": ("SFT on the chosen responses", 2, 1),
-    "best_of_n": (f"best of {BEST_OF}, by the true reward", 1, 1),
     "sppo_selfplay": ("SPPO self-play, 3 rounds", 4, 2),
     "rlaif": ("the same, a reward model judges", 5, 3),
     "spin": ("SPIN, 3 rounds", 4, 2),
@@ -62,7 +61,9 @@ METHODS = {
     "ppo_gt": ("PPO on the true reward", 2, 2),
     "grpo": ("GRPO on the true reward", 2, 2),
     "grpo_no_std": ("GRPO --no-std on the true reward", 2, 2),
+    "best_of_n": (f"best of {BEST_OF}, by the true reward", 1, 1),
 }
+USE_PAIRS = [*[*METHODS][:12], "rlhf"]
 
 
 @dataclass
@@ -97,14 +98,20 @@ class Ground:
         settings |= {name: int(value) for name, value in toy.items() if name in names}
         return cls(seed=self.seed, out=str(self.folder), **settings)
 
+    @cached_property
     def pairs(self):
-        """-> (texts, what train_dpo.train() takes, seconds)."""
-        if not hasattr(self, "_pairs"):
-            started, config = time.perf_counter(), self.config(train_dpo.Config)
-            texts = train_dpo.sample_pairs(self.reference, self.tokenizer, config, self.questions)
-            dataset = train_dpo.prepare_pairs(self.reference, self.tokenizer, texts)
-            self._pairs = texts, dataset, time.perf_counter() - started
-        return self._pairs
+        """(texts, what train_dpo.train() takes, seconds)."""
+        started, config = time.perf_counter(), self.config(train_dpo.Config)
+        texts = train_dpo.sample_pairs(self.reference, self.tokenizer, config, self.questions)
+        dataset = train_dpo.prepare_pairs(self.reference, self.tokenizer, texts)
+        return texts, dataset, time.perf_counter() - started
+
+    @cached_property
+    def learned_reward(self):
+        """RLHF's, from the same pairs."""
+        config, texts = self.config(train_rlhf.Config), self.pairs[0]
+        model = reward_model.train_reward_model(self.reference, self.tokenizer, texts, config)
+        return reward_model.learned_reward(model, self.tokenizer)
 
     def policy(self, path=None):
         policy = gpt.load(path)[0] if path else copy.deepcopy(self.reference)
@@ -119,7 +126,7 @@ def run_pairs(ground, name, flips=0.0, **settings):
     """DPO or a variant on the seed's pairs, a share of whose labels is flipped."""
     half = name == "kto_half"
     name = name.removesuffix("_half")
-    texts, dataset, seconds = ground.pairs()
+    texts, dataset, seconds = ground.pairs
     texts = texts[: len(texts) // 2] if half else texts
     loss_fn, first_loss = train_dpo.loss_and_metrics, train_dpo.LN2
     if name == "dpo":
@@ -165,7 +172,7 @@ def run_sft(ground, demonstrations):
 def run_method(ground, name, **settings):
     models = policy, _, tokenizer = ground.policy(), ground.reference, ground.tokenizer
     if name == "sft_chosen":
-        texts, _, seconds = ground.pairs()
+        texts, _, seconds = ground.pairs
         return run_sft(ground, [pair[:2] for pair in texts]), len(texts), seconds
     if name == "sft_demos":
         config = ground.config(train_selfplay.Config, spin=True)
@@ -185,10 +192,9 @@ def run_method(ground, name, **settings):
         config, seconds = ground.config(train_rlhf.Config), 0
         reward, labels = evaluate.true_rewards, config.steps * config.samples
         if name == "rlhf":
-            texts, _, seconds = ground.pairs()
+            texts, _, seconds = ground.pairs
             labels = len(texts)
-            judge = reward_model.train_reward_model(ground.reference, tokenizer, texts, config)
-            reward = reward_model.learned_reward(judge, tokenizer)
+            reward = ground.learned_reward
         consume(train_rlhf.train(models, config, ground.questions, reward), name)
         return policy, labels, seconds
     return run_pairs(ground, name, **settings)
@@ -235,7 +241,7 @@ def run(ground, name, **settings):
         rows, labels, seconds = best_of_n(ground.exact, BEST_OF, config.beta), BEST_OF, 0
     else:
         if name in USE_PAIRS:
-            ground.pairs()  # made once: every method that uses them is charged for them below
+            _ = ground.pairs  # made once: every method that uses them is charged for them below
         started = time.perf_counter()
         try:
             policy, labels, shared = run_method(ground, name, **settings)

@@ -27,7 +27,7 @@ import evaluate
 import train_dpo
 from experiments.compare import ROOT, Ground
 from train_sft import read_config
-from variants import reward_model, train_grpo, train_rlhf, train_variant
+from variants import train_grpo, train_rlhf, train_variant
 
 matplotlib.rcParams["svg.hashsalt"] = "frontier"  # the same points give the same file
 
@@ -39,11 +39,11 @@ LOOKS = {  # colours told apart by the colour-blind, markers in print
     "GRPO": ("#009e73", "D"),
 }
 BETAS = {  # each method's own coefficient
-    "DPO": (0.25, 0.5, 1.0, 2.0),
-    "IPO": (0.05, 0.085, 0.15, 0.3),
-    "PPO": (0.25, 0.5, 1.0, 2.0),
-    "PPO-GT": (0.25, 0.5, 1.0, 2.0),
-    "GRPO": (0.25, 0.5, 1.0, 2.0),
+    "DPO": (0.25, 0.5, 1.0),
+    "IPO": (0.05, 0.085, 0.2),
+    "PPO": (0.25, 0.5, 1.0),
+    "PPO-GT": (0.25, 0.5, 1.0),
+    "GRPO": (0.2, 0.35, 0.7),
 }
 
 
@@ -61,7 +61,7 @@ def training_of(ground, method, beta, policy):
     """-> (an iterator of steps, how many)."""
     models = policy, ground.reference, ground.tokenizer
     if method in ("DPO", "IPO"):
-        _, dataset, _ = ground.pairs()
+        _, dataset, _ = ground.pairs
         # The best rate goes with 1/β² of the loss: its curvature in Δ stays the same.
         if method == "DPO":
             lr = train_dpo.Config.lr * min(1, (0.5 / beta) ** 2)
@@ -80,11 +80,7 @@ def training_of(ground, method, beta, policy):
         return training, config.steps
     config, reward = ground.config(train_rlhf.Config, kl_beta=beta), evaluate.true_rewards
     if method == "PPO":
-        if not hasattr(ground, "reward_model"):
-            texts, _, _ = ground.pairs()
-            arguments = ground.reference, ground.tokenizer, texts, config
-            ground.reward_model = reward_model.train_reward_model(*arguments)
-        reward = reward_model.learned_reward(ground.reward_model, ground.tokenizer)
+        reward = ground.learned_reward
     return train_rlhf.train(models, config, ground.questions, reward), config.steps
 
 
