@@ -478,6 +478,8 @@ def test_kto_learns_from_somebodys_thumbs(sft, tmp_path):
     [
         (["--loss=dop"], "--loss must be one of cdpo, robust, ipo"),
         (["--alpha=-1"], "--alpha must be positive"),
+        (["--loss=robust", "--label-smoothing=0.5"], "must be below 0.5"),
+        (["--loss=kto", "--batch-size=1"], "--batch-size must be at least 2"),
         (["--init=nowhere.pt"], "there is no nowhere.pt"),
     ],
 )

@@ -30,7 +30,7 @@ DEFAULTS = {
     "hinge": {"loss_beta": 0.35, "lr": 4e-3},
     "rpo": {"loss_beta": 0.4, "lr": 8e-3},
     "simpo": {"loss_beta": 2.5, "lr": 2e-3},
-    "orpo": {"lr": 3e-3, "optimizer": "adamw"},
+    "orpo": {"lambda_": 1.0, "lr": 3e-3, "optimizer": "adamw", "epochs": 2},
     "kto": {"lr": 6e-3, "batch_size": 128},
     "sppo": {"loss_beta": 0.04, "lr": 5e-5},
 }
@@ -104,6 +104,8 @@ def prepare_thumbs(reference, tokenizer, rows):
     Its sides are the responses and the mismatched ones; given are the reference's log-probabilities
     of both, and whether a response is desirable. A pair is a thumb up and a thumb down.
     """
+    if len(rows) < 2:
+        raise SystemExit("KTO needs two examples to train on and two held out, or more")
     if not isinstance(rows[0][2], bool):
         pairs = rows
         rows = [(prompt, chosen, True) for prompt, chosen, _ in pairs]
@@ -159,6 +161,10 @@ def main():
     if name not in DEFAULTS:
         raise SystemExit(f"--loss must be one of {', '.join(DEFAULTS)}, not {name}")
     config = read_config(Config, "train_variant.py", **DEFAULTS[name])
+    if name == "robust" and config.label_smoothing >= 0.5:
+        raise SystemExit("--label-smoothing of the robust loss must be below 0.5: half the labels")
+    if name == "kto" and config.batch_size < 2:
+        raise SystemExit("--batch-size must be at least 2 for kto, which mismatches within a batch")
     policy, reference, tokenizer = train_dpo.start(config)
     if name == "orpo":  # merges fine-tuning with preference: the SFT model only measures KL
         try:
