@@ -356,8 +356,8 @@ def train_and_report(
 ):
     """The second half of every trainer: train, measure, and write NAME.pt, .jsonl and .json.
 
-    models: what start() returns. own: a probe for somebody's own data, where there is no truth.
-    extra: what else the report should hold.
+    models: what start() returns. own: of somebody's own data, where there is no truth, the probe
+    and the prompts to answer before and after. extra: what else the report should hold.
     """
     policy, reference, tokenizer = models
     path = f"{config.out}/{name}"
@@ -366,7 +366,7 @@ def train_and_report(
         gpt.save(f"{path}.pt", policy, tokens=data.tokens_of(tokenizer))
 
     def probe():
-        return own() if own else village_probe(*models, config)
+        return own[0]() if own else village_probe(*models, config)
 
     if os.path.exists(f"{path}.json"):
         os.remove(f"{path}.json")  # the report of another run
@@ -375,6 +375,7 @@ def train_and_report(
     lap(seconds, "training")
     if own:
         report = probe()
+        evaluate.print_answers(reference, policy, tokenizer, own[1][:8], config)
         print("\nheld out:", average([report], report))
     else:
         report = village_report(*models, config, name)
@@ -394,9 +395,7 @@ def align(name, models, config, prepare=prepare_pairs, loss_fn=loss_and_metrics,
     if config.pairs:
         pairs, held_out, prompts = read_pairs(config, tokenizer, block_size)
         held_out = prepare(reference, tokenizer, held_out)
-
-        def own():
-            return own_probe(*models, held_out, prompts, config, loss_fn)
+        own = (lambda: own_probe(*models, held_out, prompts, config, loss_fn)), prompts
     else:
         check_village_fits(tokenizer, block_size, config)
         pairs = sample_pairs(reference, tokenizer, config, data.split_questions()[0])
@@ -406,7 +405,7 @@ def align(name, models, config, prepare=prepare_pairs, loss_fn=loss_and_metrics,
     lap(seconds, "pairs")
     dataset = prepare(reference, tokenizer, pairs)
     lap(seconds, "reference log-probabilities")
-    print("a chosen response, scored tokens marked:", data.paint(tokenizer, *dataset[0][0][0]))
+    print("the first response, scored tokens marked:", data.paint(tokenizer, *dataset[0][0][0]))
     training = train(policy, dataset, config, tokenizer.eot_token, loss_fn, first_loss)
     _, steps = count_steps(config, len(dataset[0][0]))
     train_and_report(name, training, steps, models, config, seconds, own=own, extra=extra)

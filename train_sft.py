@@ -68,7 +68,9 @@ def read_config(cls, script, **defaults):
         limit = {"seed": 2**63, "momentum": 1}.get(field.name, math.inf)
         if field.type in (int, float) and not (0 < value < limit or may_be_zero and value == 0):
             below = f" and below {limit}" if limit < math.inf else ""
-            refuse(f"--{field.name.replace('_', '-')} must be positive{below}, not {value}")
+            refuse(
+                f"--{field.name.strip('_').replace('_', '-')} must be positive{below}, not {value}"
+            )
     for name, known in (("dtype", ("float32", "bfloat16")), ("optimizer", ("sgd", "adamw"))):
         if getattr(config, name, known[0]) not in known:
             refuse(f"--{name} must be {' or '.join(known)}, not {getattr(config, name)}")

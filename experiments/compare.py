@@ -7,13 +7,15 @@
 
 Each run leaves OUT/SEED/METHOD.json and is not repeated while that file is there. The tables are
 Markdown, for the README. Seconds are those of training, with all that it needs beyond the SFT model
-(sampling, labels, the reference's pass); compare them within one machine and one --seeds call.
+(sampling, labels, the reference's pass, which every method on pairs is charged for); compare them
+within one machine and one --seeds call. --quick keeps to a folder of its own.
 """
 
 import copy
 import dataclasses
 import json
 import os
+import random
 import statistics
 import subprocess
 import sys
@@ -63,7 +65,7 @@ METHODS = {
     "grpo_no_std": ("GRPO --no-std on the true reward", 2, 2),
     "best_of_n": (f"best of {BEST_OF}, by the true reward", 1, 1),
 }
-USE_PAIRS = [*[*METHODS][:12], "rlhf"]
+USE_PAIRS = "dpo cdpo rpo ipo robust hinge kto kto_half sppo simpo orpo sft_chosen rlhf".split()
 
 
 @dataclass
@@ -75,11 +77,16 @@ class Config:
     out: str = "out/compare"
 
 
+def place(folder, quick):
+    """Where runs are kept: toy runs apart, so that nobody takes them for real ones."""
+    return Path(folder) / "quick" if quick else Path(folder)
+
+
 class Ground:
     """What all methods of one seed share; everything is made when it is first asked for."""
 
     def __init__(self, seed, folder, quick):
-        self.seed, self.folder, self.quick = seed, Path(folder) / str(seed), quick
+        self.seed, self.folder, self.quick = seed, place(folder, quick) / str(seed), quick
         if not (self.folder / "sft.pt").exists():
             command = ["train_sft.py", f"--seed={seed}", f"--out={self.folder.absolute()}"]
             command += TOY_SFT if quick else []
@@ -155,7 +162,7 @@ def flip(dataset, share, seed):
 
 
 def run_sft(ground, demonstrations):
-    """Plain fine-tuning, at the rate of train_sft.py's last steps, on (prompt, response) texts."""
+    """Fine-tuning on (prompt, response) texts, at a third of train_sft.py's rate."""
     policy, end = ground.policy(), ground.tokenizer.eot_token
     examples = [data.encode(ground.tokenizer, *demo) for demo in demonstrations]
     batch_size = min(64, len(examples))
@@ -176,8 +183,9 @@ def run_method(ground, name, **settings):
         return run_sft(ground, [pair[:2] for pair in texts]), len(texts), seconds
     if name == "sft_demos":
         config = ground.config(train_selfplay.Config, spin=True)
-        count = config.rounds * config.questions
-        return run_sft(ground, best_demonstrations(ground.questions, count)), 0, 0
+        rng = random.Random(ground.seed)
+        prompts = rng.choices(ground.questions, k=config.rounds * config.questions)
+        return run_sft(ground, train_selfplay.best_demonstrations(prompts, rng)), 0, 0
     if name in ("sppo_selfplay", "rlaif", "spin"):
         judge = {"judge": "model"} if name == "rlaif" else {"spin": name == "spin"}
         config = ground.config(train_selfplay.Config, **judge)
@@ -198,16 +206,6 @@ def run_method(ground, name, **settings):
         consume(train_rlhf.train(models, config, ground.questions, reward), name)
         return policy, labels, seconds
     return run_pairs(ground, name, **settings)
-
-
-def best_demonstrations(questions, count):
-    """(prompt, response) with true reward 3, as SPIN gets them."""
-    picks = data.batches(len(questions), 1, count, seed=0)
-    best = {q: [r for r, value in data.responses(q).items() if value == 3] for q in questions}
-    return [
-        (questions[i], best[questions[i]][n % len(best[questions[i]])])
-        for n, (i,) in enumerate(picks)
-    ]
 
 
 def consume(training, label):
@@ -316,15 +314,16 @@ def main():
                 smooth = {"label_smoothing": share}
                 for name, own in (("dpo", {}), ("ipo", {}), ("cdpo", smooth), ("robust", smooth)):
                     jobs[f"{name}_flip_{share}"] = name, {"flips": share, **own}
-        folder = Path(config.out) / str(seed)
+        folder = place(config.out, config.quick) / str(seed)
         missing = [job for job in jobs if not (folder / f"{job}.json").exists()]
         ground = Ground(seed, config.out, config.quick) if missing else None
         for job in evaluate.progress(missing, f"seed {seed}"):
             name, settings = jobs[job]
             write(folder / f"{job}.json", run(ground, name, **settings))
-    print_table(config.out, seeds, names)
+    folder = place(config.out, config.quick)
+    print_table(folder, seeds, names)
     if config.noise:
-        print_noise(config.out, seeds)
+        print_noise(folder, seeds)
 
 
 if __name__ == "__main__":

@@ -379,7 +379,11 @@ def test_the_pipeline_on_somebodys_own_text_and_pairs(tmp_path):
     )
     other = ["--dtype=bfloat16", "--optimizer=adamw", "--lr=1e-4"]
     run = command("train_dpo.py", "--pairs", pairs, "--out", out, *TOY_DPO, *other)
-    assert "held-out/accuracy" in run.stdout and "E[reward]" not in run.stdout
+    assert (
+        "Before and after" in run.stdout
+        and "held-out/accuracy" in run.stdout
+        and "E[reward]" not in run.stdout
+    )
     report = json.loads((tmp_path / "out" / "dpo.json").read_text())
     assert {"held-out/loss", "held-out/accuracy", "fresh/kl", "fresh/cut-off"} <= {*report}
 

@@ -30,6 +30,13 @@ def tokenizer():
     return data.train_tokenizer(data.every_word(), data.VOCAB_SIZE)
 
 
+@pytest.fixture(scope="module")
+def sft(tmp_path_factory):
+    out = tmp_path_factory.mktemp("sft")
+    command("train_sft.py", "--out", str(out), *TOY_SFT)
+    return out
+
+
 # --- A world that can be enumerated -------------------------------------------------------------
 
 
@@ -109,6 +116,7 @@ def test_grpo_without_std_arrives_at_the_optimum_and_with_std_beta_is_another_on
     assert distance[0] > 0.1
     assert p[0, 5] > best[0, 5] + 0.1  # the best reply to "a"
     assert p[0, 5] / p[0, 1:5].sum() > best[0, 5] / best[0, 1:5].sum()
+    assert p[1, 5] < best[1, 5] - 0.03  # the best reply to "b"
 
 
 def test_ppo_on_the_true_reward_arrives_at_the_optimum(world):
@@ -295,10 +303,83 @@ def test_the_second_rounds_reference_is_the_first_rounds_policy(tokenizer, monke
 
 def test_spin_demonstrations_are_kind_and_true(tokenizer):
     questions = data.split_questions()[0][:3]
-    sides, _ = train_selfplay.spin_round(tiny(tokenizer), tokenizer, questions, [([1], [True])] * 3)
+    sides, _ = train_selfplay.spin_round(
+        tiny(tokenizer), tokenizer, questions, [([1], [True])] * 3, random.Random(0)
+    )
     for question, (ids, mask) in zip(questions, sides[0]):
         text = tokenizer.decode([i for i, scored in zip(ids, mask) if scored][:-1])
         assert data.reward(question, text) == 3
+
+
+def test_labelled_pairs_by_hand(tokenizer):
+    """Two questions of three responses; one was cut off, two are equal: no pairs of those."""
+    texts = [" a", " b", None, " c", " c", " d"]
+    wins = torch.zeros(2, 3, 3, dtype=torch.bool)
+    for p, i, j in ((0, 1, 0), (0, 0, 2), (0, 1, 2), (1, 0, 1), (1, 2, 0), (1, 1, 2)):
+        wins[p, i, j] = True
+    pairs = train_selfplay.labelled_pairs(["p"] * 3 + ["q"] * 3, texts, wins)
+    assert pairs == [("p", " b", " a"), ("q", " c", " d"), ("q", " d", " c")]
+
+
+@pytest.mark.parametrize("judge, times", [("village", 3), ("model", 1)])
+def test_the_village_is_asked_in_every_round_or_only_in_the_first(sft, judge, times):
+    asked = []
+
+    def reward(prompts, texts):
+        asked.append(len(texts))
+        return torch.arange(len(texts)).float() * 50
+
+    reference, state = gpt.load(sft / "sft.pt")
+    models = copy.deepcopy(reference), reference, data.build_tokenizer(state["tokens"])
+    config = train_selfplay.Config(judge=judge, rounds=3, questions=4, group=3, batch_size=12)
+    list(train_selfplay.train(models, config, data.split_questions()[0], reward))
+    assert asked == [12] * times
+
+
+# --- What the loop hands to the losses ----------------------------------------------------------
+
+CONFIGS = {  # no two coefficients alike
+    "cdpo": {"label_smoothing": 0.2},
+    "robust": {"label_smoothing": 0.3},
+    "ipo": {"average": True},
+    "hinge": {},
+    "rpo": {"alpha": 0.7},
+    "simpo": {"gamma": 0.9},
+    "orpo": {"lambda_": 1.1},
+}
+
+
+@pytest.mark.parametrize("name", [*CONFIGS, "sppo"])
+def test_every_loss_gets_its_own_arguments_in_their_places(name):
+    chosen, rejected, ref_chosen, ref_rejected = four = [
+        torch.tensor([-3.0, -5]) - 1.3 * i for i in range(4)
+    ]
+    lengths = {"chosen_lengths": torch.tensor([3, 4]), "rejected_lengths": torch.tensor([5, 2])}
+    config = train_variant.Config(loss=name, loss_beta=0.4, **CONFIGS.get(name, {}))
+    found, metrics = train_variant.pair_loss_fn(config)(
+        torch.cat([chosen, rejected]), torch.cat([*lengths.values()]), ref_chosen, ref_rejected, 0.5
+    )
+    if name == "sppo":
+        up = losses.sppo_loss(chosen, ref_chosen, torch.ones(2), 0.4)
+        expected = (up + losses.sppo_loss(rejected, ref_rejected, torch.zeros(2), 0.4)) / 2
+    else:
+        by_length = lengths if name in ("ipo", "rpo", "simpo", "orpo") else {}
+        loss = getattr(losses, f"{name}_loss")
+        expected = loss(*four, 0.4, **CONFIGS[name], **by_length)
+    torch.testing.assert_close(found, expected)
+    assert metrics["logps/chosen"] == -4 and metrics["rewards/chosen"] == pytest.approx(1.3)
+
+
+def test_kto_gets_z_from_the_mismatched_half():
+    policy_logps = torch.tensor([-3.0, -4, -6, -7])  # two responses, two mismatched ones
+    given = torch.tensor([-3.5, -3.8]), torch.tensor([-7.0, -7.4]), torch.tensor([True, False])
+    config = train_variant.Config(loss="kto", loss_beta=0.4)
+    found, metrics = train_variant.kto_loss_fn(config)(policy_logps, None, *given, 0.5)
+    z = (1.0 + 0.4) / 2
+    assert metrics["kto/z_ref"].item() == pytest.approx(z)
+    up, down = 0.4 * (0.5 - z), 0.4 * (z + 0.2)
+    expected = [1 - 1 / (1 + math.exp(-up)), 1 - 1 / (1 + math.exp(-down))]
+    assert found.tolist() == pytest.approx(expected)
 
 
 # --- Thumbs and ratings -------------------------------------------------------------------------
@@ -310,6 +391,11 @@ def test_mismatched_examples_by_hand():
         ([1, 2, 5, 6], [False, False, True, True]),
         ([4, 3], [False, True]),
     ]
+    # A neighbour of the same prompt is passed over.
+    same = [([1, 7], [False, True]), ([1, 8], [False, True]), ([2, 9], [False, True])]
+    assert [ids for ids, _ in train_variant.mismatch(same)] == [[1, 9], [1, 9], [2, 7]]
+    with pytest.raises(SystemExit, match="KTO needs two prompts"):
+        train_variant.mismatch(same[:2])
 
 
 def test_a_pair_is_a_thumb_up_and_a_thumb_down(tokenizer):
@@ -422,22 +508,13 @@ def test_every_method_runs_and_finished_runs_are_not_repeated(tmp_path):
     first = command("experiments/compare.py", *flags)
     assert first.stdout.count("optimality") == len(compare.METHODS) + 1
     for name in compare.METHODS:
-        result = json.loads((tmp_path / "0" / f"{name}.json").read_text())
+        result = json.loads((tmp_path / "quick" / "0" / f"{name}.json").read_text())
         assert math.isfinite(result["optimality"])
     again = command("experiments/compare.py", *flags)
     assert again.stdout.count("optimality") == 1  # the table's head
-    picture = tmp_path / "frontier.svg"
-    drawn = command(
-        "experiments/frontier.py", "--quick", f"--out={tmp_path}", f"--picture={picture}"
-    )
+    picture = tmp_path / "quick" / "0" / "frontier" / "frontier.svg"
+    drawn = command("experiments/frontier.py", "--quick", f"--out={tmp_path}")
     assert "exact frontier" in picture.read_text() and "| PPO-GT | 0.25 |" in drawn.stdout
-
-
-@pytest.fixture(scope="module")
-def sft(tmp_path_factory):
-    out = tmp_path_factory.mktemp("sft")
-    command("train_sft.py", "--out", str(out), *TOY_SFT)
-    return out
 
 
 SIZES = ["--eval-questions=2", "--eval-samples=2"]
@@ -478,7 +555,7 @@ def test_kto_learns_from_somebodys_thumbs(sft, tmp_path):
     [
         (["--loss=dop"], "--loss must be one of cdpo, robust, ipo"),
         (["--alpha=-1"], "--alpha must be positive"),
-        (["--loss=robust", "--label-smoothing=0.5"], "must be below 0.5"),
+        (["--loss=cdpo", "--label-smoothing=0.5"], "must be below 0.5"),
         (["--loss=kto", "--batch-size=1"], "--batch-size must be at least 2"),
         (["--init=nowhere.pt"], "there is no nowhere.pt"),
     ],

@@ -4,7 +4,7 @@
     l = log π_θ, a sum over tokens            l̄ = l / length, a mean: only where it says so
 
 All take log-probabilities (B,) and return losses (B,), without reduction. The losses of pairs share
-dpo_loss's call. `python variants/train_variant.py --loss NAME` trains with any of them.
+dpo_loss's arguments. `python variants/train_variant.py --loss NAME` trains with any of them.
 """
 
 import torch
@@ -197,7 +197,7 @@ def kto_reference_point(policy_logps: Tensor, ref_logps: Tensor) -> Tensor:
     No gradient passes. Raises ValueError for a batch of one, which has no other prompt.
     """
     if len(policy_logps) < 2:
-        raise ValueError("KTO needs at least 2 examples in a batch: one has nothing to mismatch")
+        raise ValueError("KTO needs at least 2 examples in a batch, for z is their mean")
     return (policy_logps - ref_logps).mean().clamp(min=0).detach()
 
 

@@ -1,7 +1,7 @@
 """What Eq. 2 fits to pairs and DPO makes unnecessary: a scalar head on the SFT model.
 
 train_rlhf.py optimises a policy against it, train_selfplay.py lets it judge. By Lemma 1 of the
-paper it is known up to a constant for each prompt, which neither of them minds.
+paper it is known up to a constant for each prompt, which changes neither's optimum.
 """
 
 import copy
@@ -43,6 +43,8 @@ def reward_model_loss(chosen_rewards, rejected_rewards):
 
 def train_reward_model(reference, tokenizer, pairs, config):
     """(prompt, chosen, rejected) texts -> the reward model, trained by Eq. 2."""
+    if not pairs:
+        raise SystemExit("the reward model has no pair to learn from")
     model = RewardModel(reference)
     device = model.head.weight.device
     optimizer = torch.optim.AdamW(model.parameters(), config.reward_lr, weight_decay=0)
@@ -55,7 +57,10 @@ def train_reward_model(reference, tokenizer, pairs, config):
         examples = [side[i] for side in sides for i in rows]
         ids, mask = (t.to(device) for t in data.collate(examples, tokenizer.eot_token))
         losses = reward_model_loss(*model(ids, mask).chunk(2))
-        train_dpo.descend(losses.mean(), model, optimizer)
+        try:
+            train_dpo.descend(losses.mean(), model, optimizer)
+        except FloatingPointError as error:
+            raise SystemExit(f"reward model: {error}; try a smaller --reward-lr")
     return model.requires_grad_(False)
 
 

@@ -13,9 +13,10 @@ Where the published loss comes to rest is not Eq. 4's optimum, for three reasons
   length   the mean over tokens gives short responses larger steps, for better and for worse.
   k3       the KL estimator exp(d) − d − 1, d = log π_ref/π_θ, has the right value, but its gradient
            under the policy's samples is that of KL(π_ref‖π_θ), the other direction. Then
-           π(y|x) = β σ π_ref(y|x) / (λ(x) − r(x, y)) maximises, a hyperbola, not an exponential.
+           π(y|x) = β σ π_ref(y|x) / (λ(x) − r(x, y)) maximises, a hyperbola, not an exponential
+           (for responses of one token; of several, token by token).
 --no-std does without all three: only the mean is subtracted, the loss is a sum over tokens, and
-−β log π_θ/π_ref is part of the reward. Writes out/grpo.pt, .jsonl and .json.
+−β log π_θ/π_ref is part of the reward. Writes out/grpo.pt, .jsonl and .json (grpo_no_std.*).
 """
 
 import random
@@ -96,7 +97,10 @@ def roll_out(policy, reference, tokenizer, prompts, config, generator):
 
 
 def train(models, config, questions, reward):
-    """Yields each step's metrics. reward(prompts, texts) -> (B,)."""
+    """Yields each step's metrics: the loss and its gradient's norm are the last minibatch's.
+
+    reward(prompts, texts) -> (B,).
+    """
     policy, reference, tokenizer = models
     optimizer = make_optimizer(policy, config)
     rng = random.Random(config.seed)
@@ -111,7 +115,9 @@ def train(models, config, questions, reward):
         rewards = reward(prompts, texts).to(ids.device)
         scores = rewards - config.beta * log_ratios if config.no_std else rewards
         advantages = group_advantages(scores.view(-1, config.group), not config.no_std).flatten()
-        for rows in torch.randperm(len(ids), generator=generator).chunk(config.minibatches):
+        for rows in torch.randperm(len(ids), generator=generator, device=ids.device).chunk(
+            config.minibatches
+        ):
             logps = dpo.token_logps(policy(ids[rows]), ids[rows], mask[rows])
             batch = mask[rows, 1:], advantages[rows]
             if config.no_std:
@@ -131,13 +137,16 @@ def train(models, config, questions, reward):
 
 def main():
     config = read_config(Config, "train_grpo.py")
+    if config.group < 2:
+        raise SystemExit(f"--group must be at least 2, to be ranked, not {config.group}")
     models = _, reference, tokenizer = start(config)
     check_village_fits(tokenizer, reference.config.block_size, config)
     training = train(models, config, data.split_questions()[0], evaluate.true_rewards)
     labels = {"labels": config.steps * config.questions * config.group}
     print(f"{labels['labels']} true rewards will be asked for")
     shown = ("reward", "kl", "loss")
-    train_and_report("grpo", training, config.steps, models, config, {}, shown, extra=labels)
+    name = "grpo_no_std" if config.no_std else "grpo"
+    train_and_report(name, training, config.steps, models, config, {}, shown, extra=labels)
 
 
 if __name__ == "__main__":

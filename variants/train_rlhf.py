@@ -4,11 +4,13 @@
     python variants/train_rlhf.py --true-reward    no reward model: the paper's PPO-GT
 
 PPO is Schulman et al. 2017, arXiv:1707.06347, with advantages by GAE, arXiv:1506.02438. Every token
-costs −β log π_θ/π_ref and the last one earns the reward of the whole text, as in arXiv:1909.08593.
+costs β log π_θ/π_ref and the last one earns the reward of the whole text, as in arXiv:1909.08593.
 Departures from usual code, each to stay with Eq. 3: losses are sums over a response's tokens, not
 means; advantages are not whitened; there is no discount, and the value loss is not clipped.
 The reward model sums its head over the response's tokens (usual: the last token's alone; README).
-A response that was cut off earns −3, whatever the reward model thinks.
+A response that was cut off earns −3, whatever the reward model thinks (its head starts at zero and
+its labels come from rewards of −3 to 3, so that the two scales meet, though Eq. 2 does not ask it).
+The value head shares the policy's trunk, and its error trains both.
 Writes out/rlhf.pt, .jsonl and .json (ppo_gt.* with --true-reward).
 """
 
@@ -86,7 +88,10 @@ def logps_and_values(policy, value_head, ids, mask):
 
 
 def train(models, config, questions, reward, true_reward=evaluate.true_rewards):
-    """Yields each step's metrics. reward(prompts, texts) -> (B,); the true one is only logged."""
+    """Yields each step's metrics: those of the loss are the last minibatch's.
+
+    reward(prompts, texts) -> (B,); the true one is only logged.
+    """
     policy, reference, tokenizer = models
     value_head = scalar_head(policy)
     both = torch.nn.ModuleList([policy, value_head])
@@ -100,18 +105,20 @@ def train(models, config, questions, reward, true_reward=evaluate.true_rewards):
             group["lr"] = rate * schedule(step, config.steps)
         prompts = rng.choices(questions, k=config.samples)
         rolled = roll_out(policy, reference, tokenizer, prompts, config, generator)
-        texts, ids, mask, old_logps, ref_logps = rolled
+        texts, ids, mask, _, ref_logps = rolled
         scores = reward(prompts, texts).to(ids.device)
         with torch.no_grad():
-            _, values = logps_and_values(policy, value_head, ids, mask)
+            old_logps, values = logps_and_values(policy, value_head, ids, mask)
         scored, log_ratios = mask[:, 1:], old_logps - ref_logps  # (B, T-1)
         rewards = token_rewards(scores, log_ratios, scored, config.kl_beta)
         advantages = gae(rewards, values, config.gae_lambda)
         targets = advantages + values
-        for rows in torch.randperm(len(ids), generator=generator).chunk(config.minibatches):
-            logps, values = logps_and_values(policy, value_head, ids[rows], mask[rows])
+        for rows in torch.randperm(len(ids), generator=generator, device=ids.device).chunk(
+            config.minibatches
+        ):
+            logps, new_values = logps_and_values(policy, value_head, ids[rows], mask[rows])
             losses = clipped_loss(logps, old_logps[rows], advantages[rows], config.clip)
-            errors = (values - targets[rows]) ** 2
+            errors = (new_values - targets[rows]) ** 2
             losses, errors = ((x * scored[rows]).sum(dim=1).mean() for x in (losses, errors))
             ratio = (logps.detach() - old_logps[rows])[scored[rows]].exp().mean()
             grad_norm = train_dpo.descend(losses + config.value_weight * errors, both, optimizer)
@@ -145,12 +152,13 @@ def main():
         train_dpo.lap(seconds, "reward model")
         fresh = dataclasses.replace(config, num_pairs=2000, seed=config.seed + 1)
         fresh_pairs = train_dpo.sample_pairs(reference, tokenizer, fresh, held_out)
-        extra |= train_dpo.noise_limits(fresh_pairs)
+        extra["pairs"] = limits = train_dpo.noise_limits(fresh_pairs)
         extra["reward_model_accuracy"] = accuracy(reward, fresh_pairs)
         print(
             f"reward model: accuracy {extra['reward_model_accuracy']:.3f} on fresh pairs on "
-            f"held-out questions; noisy labels allow {extra['best_accuracy']:.3f}"
+            f"held-out questions; noisy labels allow {limits['best_accuracy']:.3f}"
         )
+        train_dpo.lap(seconds, "accuracy of the reward model")
     training = train(models, config, train_questions, reward)
     shown = ("reward", "true_reward", "kl", "value_error")
     train_dpo.train_and_report(

@@ -13,7 +13,7 @@ SPIN: no judge at all. Demonstrations, all kind and true, are preferred to the p
 by DPO's loss; what it rests at is the demonstrations' distribution, not Eq. 4's optimum.
 
 Since the reference moves, no β bounds the way from the SFT model: the number of rounds does. KL is
-reported to the SFT model. Departure: each round draws fresh samples on all questions alike.
+reported to the SFT model. Departure: each round draws its prompts from all questions.
 Writes out/sppo_selfplay.pt, .jsonl and .json (spin.*, rlaif.*).
 """
 
@@ -77,15 +77,23 @@ def sppo_loss_fn(policy_logps, lengths, ref_logps, win_probs, beta):
     """What train_dpo.train() calls in a round of SPPO."""
     s = (policy_logps - ref_logps).detach()
     losses = sppo_loss(policy_logps, ref_logps, win_probs, beta)
-    return losses, {"round/won": s[win_probs > 0.5].mean(), "round/lost": s[win_probs < 0.5].mean()}
+    won, lost = win_probs > 0.5, win_probs < 0.5
+    return losses, {
+        "log_ratio/won": (s * won).sum() / won.sum().clamp(min=1),
+        "log_ratio/lost": (s * lost).sum() / lost.sum().clamp(min=1),
+    }
 
 
-def spin_round(opponent, tokenizer, prompts, examples):
-    """Demonstrations against own samples -> what train_dpo.train() takes."""
-    rng = random.Random(len(prompts))
+def best_demonstrations(prompts, rng):
+    """(prompt, response), all kind and true: the highest reward there is."""
     best = {q: [r for r, value in data.responses(q).items() if value == 3] for q in {*prompts}}
-    demonstrations = [data.encode(tokenizer, q, rng.choice(best[q])) for q in prompts]
-    sides = [demonstrations, examples]
+    return [(q, rng.choice(best[q])) for q in prompts]
+
+
+def spin_round(opponent, tokenizer, prompts, examples, rng):
+    """Demonstrations against own samples -> what train_dpo.train() takes."""
+    demonstrations = best_demonstrations(prompts, rng)
+    sides = [[data.encode(tokenizer, *demo) for demo in demonstrations], examples]
     return sides, [evaluate.response_logps(opponent, s, tokenizer.eot_token) for s in sides]
 
 
@@ -104,7 +112,7 @@ def train(models, config, questions, reward=evaluate.true_rewards):
             opponent, tokenizer, prompts, config, label, chances
         )
         if config.spin:
-            dataset = spin_round(opponent, tokenizer, prompts, examples)
+            dataset = spin_round(opponent, tokenizer, prompts, examples, rng)
             loss_fn, first_loss = train_dpo.loss_and_metrics, train_dpo.LN2
             beta, lr = config.spin_beta, config.spin_lr
         else:
@@ -147,7 +155,9 @@ def main():
     config = read_config(Config, "train_selfplay.py")
     if config.judge not in ("village", "model"):
         raise SystemExit(f"--judge must be village or model, not {config.judge}")
-    if config.group < 2:
+    if config.spin and config.judge == "model":
+        raise SystemExit("--spin has no judge: leave --judge out")
+    if config.group < 2 and not config.spin:
         raise SystemExit(f"--group must be at least 2, for comparisons, not {config.group}")
     models = _, reference, tokenizer = train_dpo.start(config)
     train_dpo.check_village_fits(tokenizer, reference.config.block_size, config)
@@ -156,7 +166,7 @@ def main():
     steps = config.rounds * train_dpo.count_steps(config, responses)[1]
     labels = {"labels": count_labels(config)}
     print(f"{labels['labels']} labels will be asked for in {config.rounds} rounds")
-    shown = ("loss", "round")
+    shown = ("loss",)
     training = train(models, config, data.split_questions()[0])
     train_dpo.train_and_report(name, training, steps, models, config, {}, shown, extra=labels)
 

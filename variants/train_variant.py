@@ -8,6 +8,7 @@ methods; a loss's own coefficient is --loss-beta. Writes out/NAME.pt, .jsonl and
 """
 
 import argparse
+import dataclasses
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +18,6 @@ import torch
 sys.path.insert(0, str(Path(__file__).parent.parent))  # run from anywhere
 import data
 import evaluate
-import model as gpt
 import train_dpo
 from train_sft import read_config, set_speed
 from variants import losses
@@ -89,12 +89,18 @@ def pair_loss_fn(config):
 
 
 def mismatch(examples):
-    """Each prompt with the next example's response, the last with the first's."""
+    """Each prompt with the response of the next example, the last's being the first, that has
+    another prompt."""
+    prompts = [[i for i, scored in zip(*example) if not scored] for example in examples]
+    responses = [[i for i, scored in zip(*example) if scored] for example in examples]
+    if all(prompt == prompts[0] for prompt in prompts):
+        raise SystemExit("KTO needs two prompts to train on and two held out: one in ten is, so 12")
     mismatched = []
-    for (ids, mask), (next_ids, next_mask) in zip(examples, [*examples[1:], examples[0]]):
-        prompt = [i for i, scored in zip(ids, mask) if not scored]
-        response = [i for i, scored in zip(next_ids, next_mask) if scored]
-        mismatched.append(data.join_ids(prompt, response))
+    for i, prompt in enumerate(prompts):
+        j = next(
+            j for k in range(1, len(prompts)) if prompts[j := (i + k) % len(prompts)] != prompt
+        )
+        mismatched.append(data.join_ids(prompt, responses[j]))
     return mismatched
 
 
@@ -104,8 +110,6 @@ def prepare_thumbs(reference, tokenizer, rows):
     Its sides are the responses and the mismatched ones; given are the reference's log-probabilities
     of both, and whether a response is desirable. A pair is a thumb up and a thumb down.
     """
-    if len(rows) < 2:
-        raise SystemExit("KTO needs two examples to train on and two held out, or more")
     if not isinstance(rows[0][2], bool):
         pairs = rows
         rows = [(prompt, chosen, True) for prompt, chosen, _ in pairs]
@@ -140,7 +144,7 @@ def kto_loss_fn(config):
 
 
 def at_the_reference(config):
-    """The loss where policy and reference are one, None where it depends on more than Δ."""
+    """The loss where policy and reference are one, None where it depends on log π_θ itself."""
     quarter = 1 / (4 * config.loss_beta**2)
     known = {"ipo": quarter, "sppo": quarter, "hinge": 1, "kto": 0.5}
     known |= dict.fromkeys(("cdpo", "robust"), train_dpo.LN2)
@@ -156,22 +160,21 @@ def choose(config):
 
 def main():
     parser = argparse.ArgumentParser(add_help=False)
-    parser.add_argument("--loss", default=Config.loss)
+    parser.add_argument("--loss", nargs="?", default=Config.loss)
     name = parser.parse_known_args()[0].loss
     if name not in DEFAULTS:
         raise SystemExit(f"--loss must be one of {', '.join(DEFAULTS)}, not {name}")
     config = read_config(Config, "train_variant.py", **DEFAULTS[name])
-    if name == "robust" and config.label_smoothing >= 0.5:
-        raise SystemExit("--label-smoothing of the robust loss must be below 0.5: half the labels")
+    if config.label_smoothing >= 0.5:
+        raise SystemExit("--label-smoothing must be below 0.5: at half, labels say nothing")
     if name == "kto" and config.batch_size < 2:
-        raise SystemExit("--batch-size must be at least 2 for kto, which mismatches within a batch")
+        raise SystemExit("--batch-size must be at least 2 for kto, whose z is a batch's mean")
     policy, reference, tokenizer = train_dpo.start(config)
     if name == "orpo":  # merges fine-tuning with preference: the SFT model only measures KL
-        try:
-            policy, _ = gpt.load(f"{config.out}/pretrained.pt", policy.wte.weight.device)
-        except FileNotFoundError as error:
-            raise SystemExit(f"there is no {error.filename}: run `python train_sft.py` first")
-        set_speed(policy, config, policy.wte.weight.device)
+        sft, device = Path(config.init or f"{config.out}/sft.pt"), policy.wte.weight.device
+        beside = dataclasses.replace(config, init=str(sft.with_name("pretrained.pt")))
+        policy = train_dpo.load_checkpoint(beside, device)[0].requires_grad_(True)
+        set_speed(policy, config, device)
     train_dpo.align(name, (policy, reference, tokenizer), config, *choose(config))
 
 
