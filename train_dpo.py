@@ -188,6 +188,17 @@ def loss_and_metrics(policy_logps, lengths, ref_chosen_logps, ref_rejected_logps
     }
 
 
+def descend(loss, model, optimizer):
+    """Backward, and one step of the optimizer -> the norm of the gradient."""
+    optimizer.zero_grad(set_to_none=True)
+    loss.backward()
+    grad_norm = torch.nn.utils.get_total_norm([p.grad for p in model.parameters()])
+    if not (loss + grad_norm).isfinite():
+        raise FloatingPointError(f"loss {loss.item()}, norm of its gradient {grad_norm.item()}")
+    optimizer.step()
+    return grad_norm
+
+
 def train_step(policy, optimizer, batch, beta, loss_fn=loss_and_metrics):
     """One step down Eq. 7 -> metrics.
 
@@ -198,18 +209,9 @@ def train_step(policy, optimizer, batch, beta, loss_fn=loss_and_metrics):
     logits = policy(ids)  # (2B, T, V)
     policy_logps = dpo.sequence_logps(logits, ids, mask)  # (2B,)
     losses, metrics = loss_fn(policy_logps, mask.sum(dim=1), *given, beta)
-    return {"loss": losses.mean().detach(), **metrics, **descend(losses.mean(), policy, optimizer)}
-
-
-def descend(loss, model, optimizer):
-    """Backward and one step of the optimizer -> the gradient's norm, as a metric."""
-    optimizer.zero_grad(set_to_none=True)
-    loss.backward()
-    grad_norm = torch.nn.utils.get_total_norm([p.grad for p in model.parameters()])
-    if not (loss + grad_norm).isfinite():
-        raise FloatingPointError(f"loss {loss.item()}, norm of its gradient {grad_norm.item()}")
-    optimizer.step()
-    return {"grad_norm": grad_norm}
+    loss = losses.mean()
+    grad_norm = descend(loss, policy, optimizer)
+    return {"loss": loss.detach(), **metrics, "grad_norm": grad_norm}
 
 
 def make_optimizer(model, config):

@@ -125,7 +125,7 @@ def train(models, config, questions, reward):
             else:
                 args = old_logps[rows], ref_logps[rows], *batch, config.clip, config.kl_beta
                 losses = grpo_loss(logps, *args)
-            grad_norm = descend(losses.mean(), policy, optimizer)["grad_norm"].item()
+            grad_norm = descend(losses.mean(), policy, optimizer).item()
         yield {
             "reward": rewards.mean().item(),
             "kl": log_ratios.mean().item(),

@@ -129,7 +129,7 @@ def train(models, config, questions, reward, true_reward=evaluate.true_rewards):
             "loss": losses.item(),
             "ratio": ratio.item(),
             "value_error": errors.item() / scored[rows].sum(dim=1).float().mean().item(),
-            "grad_norm": grad_norm["grad_norm"].item(),
+            "grad_norm": grad_norm.item(),
             "lr": optimizer.param_groups[0]["lr"],
         }
 
