@@ -17,8 +17,6 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-import matplotlib
-import matplotlib.pyplot as plt
 import torch
 
 sys.path.insert(0, str(Path(__file__).parent.parent))  # run from anywhere
@@ -28,8 +26,6 @@ import train_dpo
 from experiments.compare import ROOT, Ground
 from train_sft import read_config
 from variants import train_grpo, train_rlhf, train_variant
-
-matplotlib.rcParams["svg.hashsalt"] = "frontier"  # the same points give the same file
 
 LOOKS = {  # colours told apart by the colour-blind, markers in print
     "DPO": ("#0072b2", "o"),
@@ -124,6 +120,12 @@ def frontier(exact, betas):
 
 
 def draw(runs, line, path):
+    try:
+        import matplotlib.pyplot as plt
+    except ModuleNotFoundError:
+        print("no picture without matplotlib: pip install -r requirements-dev.txt")
+        return
+    plt.rcParams["svg.hashsalt"] = "frontier"  # the same points give the same file
     figure, axis = plt.subplots(figsize=(7, 4.6), layout="constrained")
     axis.plot(*zip(*line), color="black", linewidth=1.5, label="exact frontier, Eq. 4")
     for method, (color, marker) in LOOKS.items():

@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+import importlib.util
 import json
 import math
 import random
@@ -514,7 +515,9 @@ def test_every_method_runs_and_finished_runs_are_not_repeated(tmp_path):
     assert again.stdout.count("optimality") == 1  # the table's head
     picture = tmp_path / "quick" / "0" / "frontier" / "frontier.svg"
     drawn = command("experiments/frontier.py", "--quick", f"--out={tmp_path}")
-    assert "exact frontier" in picture.read_text() and "| PPO-GT | 0.25 |" in drawn.stdout
+    assert "| PPO-GT | 0.25 |" in drawn.stdout
+    if importlib.util.find_spec("matplotlib"):  # `make test` does not install it
+        assert "exact frontier" in picture.read_text()
 
 
 SIZES = ["--eval-questions=2", "--eval-samples=2"]
