@@ -117,15 +117,20 @@ def measure(policy, reference, tokenizer, questions, exact, config):
 METRICS = "reward", "kl", "objective", "optimality", "win_rate", "garbled"
 
 
+def level_masses(p, rewards):
+    """How probable each reward is: p and rewards (Q, N) -> the L rewards, lowest first, (Q, L)."""
+    levels = rewards.unique()  # (L,)
+    return levels, torch.stack([(p * (rewards == v)).sum(dim=1) for v in levels], dim=1)
+
+
 def win_probabilities(p, rewards):
     """-> a function from scores (Q, S) to the probabilities (Q, S) that Eq. 1 prefers them to a
     response drawn with the probabilities p (Q, N), whose rewards are (Q, N)."""
-    levels = rewards.unique()  # (L,)
-    mass = torch.stack([(p * (rewards == level)).sum(1) for level in levels], dim=1)  # (Q, L)
+    levels, masses = level_masses(p, rewards)
 
     def p_win(scores):
         against = dpo.preference_probability(scores[:, :, None], levels)  # (Q, S, L)
-        return (against * mass[:, None]).sum(2)
+        return (against * masses[:, None]).sum(2)
 
     return p_win
 

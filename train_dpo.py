@@ -149,14 +149,19 @@ def noise_limits(pairs):
     return {"best_loss": entropy.mean().item(), "best_accuracy": accuracy}
 
 
+def encode_sides(tokenizer, pairs):
+    """Texts -> (chosen, rejected), each a list of (ids, mask)."""
+    return [[data.encode(tokenizer, pair[0], pair[i]) for pair in pairs] for i in (1, 2)]
+
+
 def prepare_pairs(reference, tokenizer, pairs):
-    """Texts -> what train() takes: the sides, chosen and rejected, each a list of (ids, mask), and
-    what is given of them: the reference's log-probabilities, computed here, once."""
+    """Texts -> what train() takes: the sides, chosen and rejected, and what is given of them: the
+    reference's log-probabilities, computed here, once."""
     if isinstance(pairs[0][2], bool):
         raise SystemExit(
             "thumbs up and down make no pairs: python variants/train_variant.py --loss kto"
         )
-    sides = [[data.encode(tokenizer, pair[0], pair[i]) for pair in pairs] for i in (1, 2)]
+    sides = encode_sides(tokenizer, pairs)
     return sides, [evaluate.response_logps(reference, side, tokenizer.eot_token) for side in sides]
 
 
@@ -335,6 +340,13 @@ def village_report(policy, reference, tokenizer, config, name):
     return reports[0] | {"never_asked": reports[1]}
 
 
+def write_json(path, value):
+    """Never leaves half a file at `path`."""
+    with open(f"{path}.tmp", "w") as file:
+        json.dump(value, file, indent=1)
+    os.replace(f"{path}.tmp", path)
+
+
 STARTED = time.perf_counter()
 
 
@@ -383,9 +395,7 @@ def train_and_report(
         report = village_report(*models, config, name)
     lap(seconds, "measuring")
     report |= {**dict(extra), "seconds": seconds, "config": vars(config), "seed": config.seed}
-    with open(f"{path}.json.tmp", "w") as file:
-        json.dump(report, file, indent=1)
-    os.replace(f"{path}.json.tmp", f"{path}.json")
+    write_json(f"{path}.json", report)
     print(f"\nwrote {name}.pt, .jsonl and .json to {config.out}/; seconds: {seconds}")
 
 

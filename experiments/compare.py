@@ -14,7 +14,6 @@ within one machine and one --seeds call. --quick keeps to a folder of its own.
 import copy
 import dataclasses
 import json
-import os
 import random
 import statistics
 import subprocess
@@ -216,8 +215,7 @@ def consume(training, label):
 def best_of_n(exact, n, beta):
     """Exact, from reward levels: within a level, the best of n has the reference's proportions."""
     logps, rewards = exact
-    levels = rewards.unique()
-    p = torch.stack([(logps.exp() * (rewards == v)).sum(1) for v in levels], dim=1)  # (Q, L)
+    levels, p = evaluate.level_masses(logps.exp(), rewards)  # (L,), (Q, L)
     below = torch.cat([torch.zeros_like(p[:, :1]), p.cumsum(1)], dim=1)
     best = below[:, 1:] ** n - below[:, :-1] ** n
     kl = torch.where(best > 0, best * (best / p).log(), 0).sum(1)
@@ -249,13 +247,6 @@ def run(ground, name, **settings):
         models = policy, ground.reference, ground.tokenizer
         rows, _ = evaluate.measure(*models, ground.held_out, ground.exact, config)
     return evaluate.summarise(rows, config.beta)["policy"] | {"labels": labels, "seconds": seconds}
-
-
-def write(path, result):
-    with open(f"{path}.tmp", "w") as file:
-        json.dump(result, file, indent=1)
-    os.replace(f"{path}.tmp", path)
-    print(f"{path}: optimality {result['optimality']:.1%} ± {result['optimality_se']:.1%}")
 
 
 # --------------------------------------------------------------------------------------------------
@@ -319,7 +310,9 @@ def main():
         ground = Ground(seed, config.out, config.quick) if missing else None
         for job in evaluate.progress(missing, f"seed {seed}"):
             name, settings = jobs[job]
-            write(folder / f"{job}.json", run(ground, name, **settings))
+            result = run(ground, name, **settings)
+            train_dpo.write_json(folder / f"{job}.json", result)
+            print(f"{job}: optimality {result['optimality']:.1%} ± {result['optimality_se']:.1%}")
     folder = place(config.out, config.quick)
     print_table(folder, seeds, names)
     if config.noise:

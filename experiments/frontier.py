@@ -96,13 +96,17 @@ def trace(ground, method, beta, config):
     return points
 
 
-def excess(point, exact, betas):
+def bounds(exact, betas):
+    """{β: β log Z(x), (Q,)}: what no policy's objective exceeds on average."""
+    return {beta: beta * dpo.optimal_logps(*exact, beta)[1] for beta in betas}
+
+
+def excess(point, bounds):
     """By how many standard errors a point beats the frontier, at the β where it does so most."""
     reward, kl = (torch.tensor(point[name], dtype=torch.float64) for name in ("reward", "kl"))
     worst = -float("inf")
-    for beta in betas:
-        _, log_z = dpo.optimal_logps(*exact, beta)
-        over = dpo.objective(reward, kl, beta) - beta * log_z  # (Q,)
+    for beta, bound in bounds.items():
+        over = dpo.objective(reward, kl, beta) - bound  # (Q,)
         worst = max(worst, (over.mean() / (over.std() / len(over) ** 0.5 + 1e-12)).item())
     return worst
 
@@ -156,11 +160,10 @@ def main():
             path = folder / f"{method}_{beta}.json"
             if not path.exists():
                 points = trace(ground, method, beta, config)
-                Path(f"{path}.tmp").write_text(json.dumps(points))
-                os.replace(f"{path}.tmp", path)
+                train_dpo.write_json(path, points)
             runs[method][beta] = json.loads(path.read_text())
     betas = [0.15 * 1.15**i for i in range(40)]
-    line = frontier(ground.exact, betas)
+    line, ceilings = frontier(ground.exact, betas), bounds(ground.exact, betas)
     above = []
     print(
         "\n| method | its β | KL | E[r] | standard errors above the frontier |",
@@ -169,7 +172,7 @@ def main():
     )
     for method, sweep in runs.items():
         for beta, points in sweep.items():
-            over = [excess(point, ground.exact, betas) for point in points]
+            over = [excess(point, ceilings) for point in points]
             if max(over) > 4:
                 above.append(f"{method} at {beta}: {max(over):.1f}")
             kl, reward = (sum(points[-1][k]) / len(points[-1][k]) for k in ("kl", "reward"))

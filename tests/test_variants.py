@@ -132,6 +132,19 @@ def test_ppo_on_the_true_reward_arrives_at_the_optimum(world):
     assert fit(world, train_rlhf, two)[2][0]["ratio"] != pytest.approx(1, abs=1e-5)
 
 
+def test_ppos_value_head_learns_the_return_and_leaves_no_advantage(world):
+    """Every text is worth 2 and KL costs next to nothing: V is 2, and the loss without gain 0."""
+    reference, _ = world
+    models = copy.deepcopy(reference).requires_grad_(True), reference, Letters()
+    config = train_rlhf.Config(steps=60, samples=64, max_new_tokens=2, kl_beta=1e-6, value_lr=0.1)
+
+    def two(prompts, texts):
+        return torch.full((len(texts),), 2.0)
+
+    metrics = list(train_rlhf.train(models, config, PROMPTS, two, true_reward=two))
+    assert abs(metrics[0]["loss"]) > 2 and abs(metrics[-1]["loss"]) < 0.1
+
+
 # --- GRPO and PPO, by hand ----------------------------------------------------------------------
 
 
@@ -489,8 +502,9 @@ def test_the_frontier_is_touched_by_the_optimum_and_a_policy_beyond_it_is_caught
     (_, point, _) = frontier.frontier((logps, rewards), betas)
     assert point == pytest.approx((kl.mean().item(), reward.mean().item()))
     at, beyond = ({"kl": kl.tolist(), "reward": (reward + up).tolist()} for up in (-1e-9, 0.1))
-    assert frontier.excess(at, (logps, rewards), betas) <= 0
-    assert frontier.excess(beyond, (logps, rewards), betas) > 4
+    bounds = frontier.bounds((logps, rewards), betas)
+    assert frontier.excess(at, bounds) <= 0
+    assert frontier.excess(beyond, bounds) > 4
 
 
 def test_flipped_labels_exchange_sides_together_with_their_log_probabilities():

@@ -48,7 +48,7 @@ def train_reward_model(reference, tokenizer, pairs, config):
     model = RewardModel(reference)
     device = model.head.weight.device
     optimizer = torch.optim.AdamW(model.parameters(), config.reward_lr, weight_decay=0)
-    sides = [[data.encode(tokenizer, pair[0], pair[i]) for pair in pairs] for i in (1, 2)]
+    sides = train_dpo.encode_sides(tokenizer, pairs)
     batch_size = min(config.batch_size, len(pairs))
     steps = config.reward_epochs * len(pairs) // batch_size
     batches = data.batches(len(pairs), batch_size, steps, config.seed)

@@ -85,15 +85,14 @@ def policy_gradient_loss(logps, old_logps, mask, advantages, clip):
 def roll_out(policy, reference, tokenizer, prompts, config, generator):
     """One response a prompt, by the policy as it is now.
 
-    -> texts; ids and mask (B, T); log π_θ and log π_ref of every token, (B, T-1) each.
+    -> texts; ids and mask (B, T); log π_ref of every token (B, T-1).
     """
     examples, texts = evaluate.sample_responses(
         policy, tokenizer, prompts, config, "samples", generator
     )
     ids, mask = data.collate(examples, tokenizer.eot_token)
     ids, mask = ids.to(policy.wte.weight.device), mask.to(policy.wte.weight.device)
-    old_logps, ref_logps = (dpo.token_logps(model(ids), ids, mask) for model in (policy, reference))
-    return texts, ids, mask, old_logps, ref_logps
+    return texts, ids, mask, dpo.token_logps(reference(ids), ids, mask)
 
 
 def train(models, config, questions, reward):
@@ -110,7 +109,9 @@ def train(models, config, questions, reward):
         asked = rng.choices(questions, k=config.questions)
         prompts = [question for question in asked for _ in range(config.group)]
         rolled = roll_out(policy, reference, tokenizer, prompts, config, generator)
-        texts, ids, mask, old_logps, ref_logps = rolled
+        texts, ids, mask, ref_logps = rolled
+        with torch.no_grad():
+            old_logps = dpo.token_logps(policy(ids), ids, mask)  # (B, T-1)
         log_ratios = (old_logps - ref_logps).sum(dim=1)  # (B,)
         rewards = reward(prompts, texts).to(ids.device)
         scores = rewards - config.beta * log_ratios if config.no_std else rewards

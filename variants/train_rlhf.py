@@ -105,7 +105,7 @@ def train(models, config, questions, reward, true_reward=evaluate.true_rewards):
             group["lr"] = rate * schedule(step, config.steps)
         prompts = rng.choices(questions, k=config.samples)
         rolled = roll_out(policy, reference, tokenizer, prompts, config, generator)
-        texts, ids, mask, _, ref_logps = rolled
+        texts, ids, mask, ref_logps = rolled
         scores = reward(prompts, texts).to(ids.device)
         with torch.no_grad():
             old_logps, values = logps_and_values(policy, value_head, ids, mask)

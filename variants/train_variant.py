@@ -31,7 +31,7 @@ DEFAULTS = {
     "rpo": {"loss_beta": 0.4, "lr": 8e-3},
     "simpo": {"loss_beta": 2.5, "lr": 2e-3},
     "orpo": {"lambda_": 1.0, "lr": 3e-3, "optimizer": "adamw", "epochs": 2},
-    "kto": {"lr": 6e-3, "batch_size": 128},
+    "kto": {"batch_size": 128},
     "sppo": {"loss_beta": 0.04, "lr": 5e-5},
 }
 
