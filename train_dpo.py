@@ -25,25 +25,31 @@ from train_sft import prepare, read_config, schedule, set_speed
 
 
 @dataclass
-class Config:
+class RunConfig:
+    """What every alignment run has, this one's and those in variants/."""
+
     seed: int = 0
     out: str = "out"  # folder for all that is written
     init: str = ""  # checkpoint to start from: OUT/sft.pt
-    pairs: str = ""  # own preference file
-    skip_bad: bool = False  # count bad lines and go on
-    num_pairs: int = 24_000  # to sample, where no file is given
-    beta: float = 0.5
-    lr: float = 6e-3
-    optimizer: str = "sgd"  # or adamw
-    momentum: float = 0.9  # of sgd
-    epochs: int = 1
-    batch_size: int = 64  # pairs a step
+    beta: float = 0.5  # of Eq. 3, by which the result is judged
     max_new_tokens: int = 24
     eval_questions: int = 120  # at most, of each held-out set
     eval_samples: int = 20  # a question
     device: str = "auto"
     dtype: str = "float32"  # bfloat16 autocasts the forward pass
     compile: bool = False
+
+
+@dataclass
+class Config(RunConfig):
+    pairs: str = ""  # own preference file
+    skip_bad: bool = False  # count bad lines and go on
+    num_pairs: int = 24_000  # to sample, where no file is given
+    lr: float = 6e-3
+    optimizer: str = "sgd"  # or adamw
+    momentum: float = 0.9  # of sgd
+    epochs: int = 1
+    batch_size: int = 64  # pairs a step
 
 
 def load_checkpoint(config, device):

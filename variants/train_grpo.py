@@ -30,19 +30,22 @@ sys.path.insert(0, str(Path(__file__).parent.parent))  # run from anywhere
 import data
 import dpo
 import evaluate
-from train_dpo import check_village_fits, descend, make_optimizer, start, train_and_report
+from train_dpo import (
+    RunConfig,
+    check_village_fits,
+    descend,
+    make_optimizer,
+    start,
+    train_and_report,
+)
 from train_sft import read_config, schedule
 from variants.losses import clipped_loss
 
 
 @dataclass
-class Config:
-    seed: int = 0
-    out: str = "out"  # folder for all that is written
-    init: str = ""  # checkpoint to start from: OUT/sft.pt
-    no_std: bool = False  # the plain policy gradient
+class Config(RunConfig):
+    no_std: bool = False  # the plain policy gradient, which follows --beta
     kl_beta: float = 0.35  # weight of k3 in the published loss
-    beta: float = 0.5  # of Eq. 3, by which the result is judged, and which --no-std follows
     steps: int = 60  # each on fresh samples
     questions: int = 64  # a step
     group: int = 8  # responses a question
@@ -51,12 +54,6 @@ class Config:
     lr: float = 6e-4
     optimizer: str = "adamw"  # or sgd
     momentum: float = 0.9  # of sgd
-    max_new_tokens: int = 24
-    eval_questions: int = 120  # at most, of each held-out set
-    eval_samples: int = 20  # a question
-    device: str = "auto"
-    dtype: str = "float32"  # bfloat16 autocasts the forward pass
-    compile: bool = False
 
 
 def group_advantages(rewards, divide_by_std):

@@ -10,7 +10,8 @@ means; advantages are not whitened; there is no discount, and the value loss is 
 The reward model sums its head over the response's tokens (usual: the last token's alone; README).
 A response that was cut off earns −3, whatever the reward model thinks (its head starts at zero and
 its labels come from rewards of −3 to 3, so that the two scales meet, though Eq. 2 does not ask it).
-The value head shares the policy's trunk, and its error trains both.
+The value head shares the policy's trunk, and its error trains both. --dtype bfloat16 reaches the
+reference's forward pass alone.
 Writes out/rlhf.pt, .jsonl and .json (ppo_gt.* with --true-reward).
 """
 
@@ -34,17 +35,13 @@ from variants.train_grpo import roll_out
 
 
 @dataclass
-class Config:
-    seed: int = 0
-    out: str = "out"  # folder for all that is written
-    init: str = ""  # checkpoint to start from: OUT/sft.pt
+class Config(train_dpo.RunConfig):
     true_reward: bool = False  # the village's own reward in place of a learned one
     num_pairs: int = 24_000  # for the reward model
     batch_size: int = 64  # pairs a step
     reward_lr: float = 1e-3  # of the reward model, AdamW
     reward_epochs: int = 2
     kl_beta: float = 0.5  # weight of the KL in training
-    beta: float = 0.5  # of Eq. 3, by which the result is judged
     steps: int = 60  # of PPO, each on fresh samples
     samples: int = 512  # a step
     minibatches: int = 2  # of a step's samples
@@ -53,12 +50,6 @@ class Config:
     value_weight: float = 0.1  # of the value head's squared error
     lr: float = 3e-4  # of the policy, AdamW
     value_lr: float = 1e-2  # of the value head, which starts at zero
-    max_new_tokens: int = 24
-    eval_questions: int = 120  # at most, of each held-out set
-    eval_samples: int = 20  # a question
-    device: str = "auto"
-    dtype: str = "float32"  # bfloat16 autocasts the reference's forward pass
-    compile: bool = False
 
 
 def gae(rewards, values, gae_lambda):

@@ -37,10 +37,7 @@ from variants.reward_model import learned_reward, train_reward_model
 
 
 @dataclass
-class Config:
-    seed: int = 0
-    out: str = "out"  # folder for all that is written
-    init: str = ""  # checkpoint to start from: OUT/sft.pt
+class Config(train_dpo.RunConfig):
     judge: str = "village"  # or model
     spin: bool = False  # demonstrations in place of a judge
     rounds: int = 3
@@ -49,7 +46,6 @@ class Config:
     loss_beta: float = 0.25  # SPPO's 1/η
     spin_beta: float = 0.5  # DPO's β in SPIN
     spin_lr: float = 6e-3
-    beta: float = 0.5  # of Eq. 3, by which the result is judged
     lr: float = 5e-4
     optimizer: str = "sgd"  # or adamw
     momentum: float = 0.9  # of sgd
@@ -57,12 +53,6 @@ class Config:
     batch_size: int = 64  # responses a step; with spin, pairs
     reward_lr: float = 1e-3  # of the reward model
     reward_epochs: int = 2
-    max_new_tokens: int = 24
-    eval_questions: int = 120  # at most, of each held-out set
-    eval_samples: int = 20  # a question
-    device: str = "auto"
-    dtype: str = "float32"  # bfloat16 autocasts the forward pass
-    compile: bool = False
 
 
 def compare(rewards, generator):
