@@ -316,10 +316,9 @@ def test_the_second_rounds_reference_is_the_first_rounds_policy(tokenizer, monke
 
 
 def test_spin_demonstrations_are_kind_and_true(tokenizer):
-    questions = data.split_questions()[0][:3]
-    sides, _ = train_selfplay.spin_round(
-        tiny(tokenizer), tokenizer, questions, [([1], [True])] * 3, random.Random(0)
-    )
+    questions, rng = data.split_questions()[0][:60], random.Random(0)
+    own = [([1], [True])] * len(questions)
+    sides, _ = train_selfplay.spin_round(tiny(tokenizer), tokenizer, questions, own, rng)
     for question, (ids, mask) in zip(questions, sides[0]):
         text = tokenizer.decode([i for i, scored in zip(ids, mask) if scored][:-1])
         assert data.reward(question, text) == 3
