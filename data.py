@@ -183,18 +183,18 @@ def train_tokenizer(text: str, vocab_size: int) -> tiktoken.Encoding:
     return build_tokenizer([token.decode("latin-1") for token in ranks])
 
 
-def build_tokenizer(tokens: list[str]) -> tiktoken.Encoding:
+def build_tokenizer(tokens: list[str], pattern: str = PATTERN) -> tiktoken.Encoding:
     """The tokenizer from its tokens by rank, bytes written as Latin-1: a checkpoint's form."""
     ranks = {token.encode("latin-1"): rank for rank, token in enumerate(tokens)}
     return tiktoken.Encoding(
-        "learnt", pat_str=PATTERN, mergeable_ranks=ranks, special_tokens={END: len(ranks)}
+        "learnt", pat_str=pattern, mergeable_ranks=ranks, special_tokens={END: len(ranks)}
     )
 
 
-def tokens_of(tokenizer: tiktoken.Encoding) -> list[str]:
-    """What build_tokenizer() takes."""
-    return [tokenizer.decode_single_token_bytes(i).decode("latin-1")
-            for i in range(tokenizer.eot_token)]  # fmt: skip
+def tokenizer_state(tokenizer: tiktoken.Encoding) -> dict:
+    """What build_tokenizer() takes, by name."""
+    tokens = [tokenizer.decode_single_token_bytes(i) for i in range(tokenizer.eot_token)]
+    return {"tokens": [t.decode("latin-1") for t in tokens], "pattern": tokenizer._pat_str}
 
 
 def encode(tokenizer: tiktoken.Encoding, prompt: str, response: str) -> tuple[list, list]:

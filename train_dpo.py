@@ -63,9 +63,9 @@ def load_checkpoint(config, device):
         raise SystemExit(f"cannot read {path}: {error.strerror}")
     except ValueError as error:
         raise SystemExit(f"cannot start from {path}: {error}")
-    if "tokens" not in state:
+    if "tokenizer" not in state:
         raise SystemExit(f"cannot start from {path}: it has no tokenizer")
-    return reference.requires_grad_(False), data.build_tokenizer(state["tokens"])
+    return reference.requires_grad_(False), data.build_tokenizer(**state["tokenizer"])
 
 
 # --------------------------------------------------------------------------------------------------
@@ -383,7 +383,7 @@ def train_and_report(
     path = f"{config.out}/{name}"
 
     def save():
-        gpt.save(f"{path}.pt", policy, tokens=data.tokens_of(tokenizer))
+        gpt.save(f"{path}.pt", policy, tokenizer=data.tokenizer_state(tokenizer))
 
     def probe():
         return own[0]() if own else village_probe(*models, config)

@@ -277,12 +277,12 @@ def main():
     set_speed(model, config, device)
     size = sum(p.numel() for p in model.parameters())
     print(f"model: {size:,} parameters; tokenizer: {tokenizer.n_vocab} tokens")
-    tokens = data.tokens_of(tokenizer)
+    vocabulary = data.tokenizer_state(tokenizer)
 
     pretrain(model, tokenizer, corpus, held_corpus, config, device)
-    gpt.save(f"{config.out}/pretrained.pt", model, tokens=tokens)
+    gpt.save(f"{config.out}/pretrained.pt", model, tokenizer=vocabulary)
     finetune(model, tokenizer, examples, held_examples, config, device)
-    gpt.save(f"{config.out}/sft.pt", model, tokens=tokens)
+    gpt.save(f"{config.out}/sft.pt", model, tokenizer=vocabulary)
     if not config.sft:
         _, held_out, never = data.split_questions()
         print(

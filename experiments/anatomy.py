@@ -55,7 +55,7 @@ def main():
         beta = json.loads((Path(folder) / "dpo.json").read_text())["config"]["beta"]
         reference, state = gpt.load(f"{folder}/sft.pt")
         policy, _ = gpt.load(f"{folder}/dpo.pt")
-        tokenizer = data.build_tokenizer(state["tokens"])
+        tokenizer = data.build_tokenizer(**state["tokenizer"])
         ref_logps, rewards = evaluate.exact_distribution(reference, tokenizer, questions)
         logps, _ = evaluate.exact_distribution(policy, tokenizer, questions)
         best_logps, log_z = dpo.optimal_logps(ref_logps, rewards, beta)

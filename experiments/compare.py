@@ -92,7 +92,7 @@ class Ground:
             subprocess.run([sys.executable, *command], cwd=ROOT, check=True)
         self.reference, state = gpt.load(self.folder / "sft.pt")
         self.reference.requires_grad_(False)
-        self.tokenizer = data.build_tokenizer(state["tokens"])
+        self.tokenizer = data.build_tokenizer(**state["tokenizer"])
         self.questions, self.held_out, _ = data.split_questions()
         self.held_out = self.held_out[: 12 if quick else None]
         self.exact = evaluate.exact_distribution(self.reference, self.tokenizer, self.held_out)

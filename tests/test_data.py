@@ -72,7 +72,7 @@ def test_demonstrations_are_wrong_one_time_in_five():
 )
 def test_any_text_round_trips(tokenizer, text):
     assert tokenizer.decode(tokenizer.encode_ordinary(text)) == text
-    copy = data.build_tokenizer(data.tokens_of(tokenizer))
+    copy = data.build_tokenizer(**data.tokenizer_state(tokenizer))
     assert copy.encode_ordinary(text) == tokenizer.encode_ordinary(text)
     assert copy.eot_token == tokenizer.eot_token
 

@@ -343,7 +343,7 @@ def test_the_village_is_asked_in_every_round_or_only_in_the_first(sft, judge, ti
         return torch.arange(len(texts)).float() * 50
 
     reference, state = gpt.load(sft / "sft.pt")
-    models = copy.deepcopy(reference), reference, data.build_tokenizer(state["tokens"])
+    models = copy.deepcopy(reference), reference, data.build_tokenizer(**state["tokenizer"])
     config = train_selfplay.Config(judge=judge, rounds=3, questions=4, group=3, batch_size=12)
     list(train_selfplay.train(models, config, data.split_questions()[0], reward))
     assert asked == [12] * times
@@ -552,7 +552,7 @@ def test_a_trainer_writes_the_same_files_as_train_dpo(sft, script, flags, name):
     lines = [json.loads(line) for line in (sft / f"{name}.jsonl").read_text().splitlines()]
     assert "fresh/kl" in lines[-1] and {"loss", "grad_norm", "lr"} <= {*lines[0]}
     assert "optimum, Eq. 4" in run.stdout and not run.stderr
-    assert gpt.load(sft / f"{name}.pt")[1]["tokens"] == gpt.load(sft / "sft.pt")[1]["tokens"]
+    assert gpt.load(sft / f"{name}.pt")[1]["tokenizer"] == gpt.load(sft / "sft.pt")[1]["tokenizer"]
 
 
 def test_kto_learns_from_somebodys_thumbs(sft, tmp_path):
