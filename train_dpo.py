@@ -2,11 +2,14 @@
 
     python train_dpo.py                     pairs sampled from the reference, labelled by Eq. 1
     python train_dpo.py --pairs my.jsonl    your own {"prompt", "chosen", "rejected"} lines
+    python train_dpo.py --resume            go on where a run was interrupted
 
-Writes out/pairs.jsonl, out/dpo.pt, out/dpo.jsonl (metrics of the steps), out/dpo.json (the report).
+Writes out/pairs.jsonl, out/dpo.pt, out/dpo.jsonl (metrics of the steps), out/dpo.json (the report);
+while it runs, the policy so far and what --resume needs in out/dpo.part.pt.
 """
 
 import copy
+import itertools
 import json
 import math
 import os
@@ -21,7 +24,7 @@ import data
 import dpo
 import evaluate
 import model as gpt
-from train_sft import prepare, read_config, schedule, set_speed
+from train_sft import identify, last_state, prepare, read_config, schedule, set_speed
 
 
 @dataclass
@@ -44,6 +47,7 @@ class RunConfig:
 class Config(RunConfig):
     pairs: str = ""  # own preference file
     skip_bad: bool = False  # count bad lines and go on
+    resume: bool = False  # from the last saved state of the same run
     num_pairs: int = 24_000  # to sample, where no file is given
     lr: float = 6e-3
     optimizer: str = "sgd"  # or adamw
@@ -237,13 +241,15 @@ def count_steps(config, count):
     return batch_size, max(1, config.epochs * count // batch_size)
 
 
-def train(policy, dataset, config, pad, loss_fn=loss_and_metrics, first_loss=LN2):
-    """Yields the metrics of each step. dataset: what prepare_pairs() returns."""
+def train(
+    policy, optimizer, dataset, config, pad, loss_fn=loss_and_metrics, first_loss=LN2, done=0
+):
+    """Yields the metrics of each step after the first `done`. dataset: from prepare_pairs()."""
     sides, given = dataset
     device = policy.wte.weight.device
-    optimizer = make_optimizer(policy, config)
     batch_size, steps = count_steps(config, len(sides[0]))
-    for step, rows in enumerate(data.batches(len(sides[0]), batch_size, steps, config.seed)):
+    batches = enumerate(data.batches(len(sides[0]), batch_size, steps, config.seed))
+    for step, rows in itertools.islice(batches, done, None):
         lr = optimizer.param_groups[0]["lr"] = config.lr * schedule(step, steps)
         examples = [side[i] for side in sides for i in rows]
         batch = *data.collate(examples, pad), *(tensor[rows] for tensor in given)
@@ -257,30 +263,43 @@ def train(policy, dataset, config, pad, loss_fn=loss_and_metrics, first_loss=LN2
 SHOWN = ("loss", "rewards/margins", "rewards/accuracies")
 
 
-def run(training, steps, config, name, probe, save, shown=SHOWN):
-    """Train to the end; ten times on the way, probe() fresh samples and save() the weights.
+def run(training, steps, config, name, probe, save, shown=SHOWN, done=0):
+    """Train to the end; ten times on the way, probe() fresh samples and save(step) the weights.
 
-    training yields the metrics of each of `steps` steps. They, and the probes', are the lines of
-    NAME.jsonl. Returns the last ones.
+    training yields the metrics of each of `steps` steps, but for the first `done`. They, and the
+    probes', are the lines of NAME.jsonl. Returns the last ones.
     """
-    bar, recent, step = evaluate.progress(range(1, steps + 1), name), [], 0
-    with open(f"{config.out}/{name}.jsonl", "w", buffering=1) as log:
+    bar, step = evaluate.progress(range(done + 1, steps + 1), name), done
+    with open(f"{config.out}/{name}.jsonl", "a+", buffering=1) as log:
+        recent = cut_log(log, done)
         try:
             for step, metrics in zip(bar, training):
                 recent = [*recent[-49:], metrics]
                 line = average(recent, shown)
                 bar.set_postfix_str(line, refresh=False)
-                if step * 10 // steps > (step - 1) * 10 // steps:
+                due = step * 10 // steps > (step - 1) * 10 // steps
+                if due:
                     fresh = probe()
-                    save()
                     bar.write(f"step {step:4}/{steps}  {line}  {average([fresh], fresh)}")
                     metrics |= fresh
                 log.write(json.dumps({"step": step, **metrics}) + "\n")
+                if due:
+                    save(step)
         except FloatingPointError as error:
             raise SystemExit(
                 f"after step {step}: {error}; try a smaller --lr. What was saved before is kept"
             )
     return recent
+
+
+def cut_log(log, done):
+    """Leave only the lines of the first `done` steps in the open file -> the last of them."""
+    log.seek(0)
+    lines = [log.readline() for _ in range(done)]
+    if not all(line.endswith("\n") for line in lines):
+        raise SystemExit(f"--resume: {log.name} has fewer lines than the {done} steps done")
+    log.truncate()
+    return [json.loads(line) for line in lines[-50:]]
 
 
 def average(recent, names):
@@ -372,25 +391,29 @@ def start(config):
 
 
 def train_and_report(
-    name, training, steps, models, config, seconds, shown=SHOWN, own=None, extra=()
-):
+    name, training, steps, models, config, seconds, shown=SHOWN, own=None, extra=(),
+    progress=lambda step: {}, done=0,
+):  # fmt: skip
     """The second half of every trainer: train, measure, and write NAME.pt, .jsonl and .json.
 
     models: what start() returns. own: of somebody's own data, where there is no truth, the probe
-    and the prompts to answer before and after. extra: what else the report should hold.
+    and the prompts to answer before and after. extra: what else the report should hold. progress:
+    what NAME.part.pt should hold for --resume, after which `done` steps are behind us.
     """
     policy, reference, tokenizer = models
     path = f"{config.out}/{name}"
+    vocabulary = data.tokenizer_state(tokenizer)
 
-    def save():
-        gpt.save(f"{path}.pt", policy, tokenizer=data.tokenizer_state(tokenizer))
+    def save(step):
+        gpt.save(f"{path}.part.pt", policy, tokenizer=vocabulary, **progress(step))
 
     def probe():
         return own[0]() if own else village_probe(*models, config)
 
     if os.path.exists(f"{path}.json"):
         os.remove(f"{path}.json")  # the report of another run
-    recent = run(training, steps, config, name, probe, save, shown)
+    recent = run(training, steps, config, name, probe, save, shown, done)
+    gpt.save(f"{path}.pt", policy, tokenizer=vocabulary)
     print(f"last {len(recent)} steps:", average(recent, shown))
     lap(seconds, "training")
     if own:
@@ -402,7 +425,17 @@ def train_and_report(
     lap(seconds, "measuring")
     report |= {**dict(extra), "seconds": seconds, "config": vars(config), "seed": config.seed}
     write_json(f"{path}.json", report)
+    os.remove(f"{path}.part.pt")
     print(f"\nwrote {name}.pt, .jsonl and .json to {config.out}/; seconds: {seconds}")
+
+
+def resume(path, policy, optimizer, run):
+    """Take up the weights and the optimizer's state of an interrupted run -> its steps so far."""
+    _, state = last_state([path], run, policy.wte.weight.device)
+    policy.load_state_dict(state["weights"])
+    optimizer.load_state_dict(state["optimizer"])
+    print(f"resumed from {path}, step {state['step']}")
+    return state["step"]
 
 
 def align(name, models, config, prepare=prepare_pairs, loss_fn=loss_and_metrics, first_loss=LN2):
@@ -424,9 +457,21 @@ def align(name, models, config, prepare=prepare_pairs, loss_fn=loss_and_metrics,
     dataset = prepare(reference, tokenizer, pairs)
     lap(seconds, "reference log-probabilities")
     print("the first response, scored tokens marked:", data.paint(tokenizer, *dataset[0][0][0]))
-    training = train(policy, dataset, config, tokenizer.eot_token, loss_fn, first_loss)
+    optimizer, done = make_optimizer(policy, config), 0
+    sums = [weights.double().sum().item() for weights in reference.state_dict().values()]
+    run = identify(config, dataset[0], sums)
+    if config.resume:
+        done = resume(f"{config.out}/{name}.part.pt", policy, optimizer, run)
+
+    def progress(step):
+        return {"run": run, "step": step, "optimizer": optimizer.state_dict()}
+
+    end = tokenizer.eot_token
+    training = train(policy, optimizer, dataset, config, end, loss_fn, first_loss, done)
     _, steps = count_steps(config, len(dataset[0][0]))
-    train_and_report(name, training, steps, models, config, seconds, own=own, extra=extra)
+    train_and_report(
+        name, training, steps, models, config, seconds, SHOWN, own, extra, progress, done
+    )
 
 
 def main():
@@ -438,4 +483,4 @@ if __name__ == "__main__":
     try:
         main()
     except KeyboardInterrupt:
-        raise SystemExit("\ninterrupted; the files already written are whole")
+        raise SystemExit("\ninterrupted; --resume goes on from the last saved state")

@@ -2,21 +2,24 @@
 
     python train_sft.py                                  the village, a minute on two cores
     python train_sft.py --corpus my.txt --sft my.jsonl   your text and {"prompt", "response"} lines
+    python train_sft.py --resume                         go on where a run was interrupted
 
-Writes out/pretrained.pt and out/sft.pt.
+Writes out/pretrained.pt and out/sft.pt; while it runs, what --resume needs in out/*.part.pt.
 """
 
 import argparse
+import hashlib
 import math
 import os
 from dataclasses import dataclass, fields
+from functools import partial
 
 import torch
 import torch.nn.functional as F
 
 import data
+import evaluate
 import model as gpt
-from evaluate import progress
 
 
 @dataclass
@@ -26,6 +29,7 @@ class Config:
     corpus: str = ""  # own text to pretrain on; goes with --sft
     sft: str = ""  # own {"prompt", "response"} lines to fine-tune on
     skip_bad: bool = False  # count bad lines and go on
+    resume: bool = False  # from the last saved state of the same run
     vocab_size: int = data.VOCAB_SIZE
     block_size: int = 128
     n_layer: int = 2
@@ -99,6 +103,29 @@ def prepare(config):
     return torch.device(name)
 
 
+def identify(config, *texts):
+    """What a resumed run must share with the interrupted one: its settings and its data."""
+    settings = {name: value for name, value in vars(config).items() if name != "resume"}
+    return settings | {"data": hashlib.sha256(repr(texts).encode()).hexdigest()[:16]}
+
+
+def last_state(paths, run, device):
+    """The first of these checkpoints that identify() knows as this run's -> (path, its dict)."""
+    found = f"there is no {' or '.join(paths)}"
+    for path in filter(os.path.exists, paths):
+        try:
+            _, state = gpt.load(path, device)
+        except (OSError, ValueError) as error:
+            raise SystemExit(f"--resume: {error}")
+        was = state.get("run", {})
+        other = [name for name in run if was.get(name) != run[name]]
+        if not other:
+            return path, state
+        change = f"{other[0]} was {was.get(other[0], 'not noted')}, is {run[other[0]]}"
+        found = f"{path} is of another run: {change}"
+    raise SystemExit(f"--resume: {found}. Without the flag, a run starts from the beginning")
+
+
 def set_speed(model, config, device):
     """What --dtype and --compile ask for; generate() stays as it is."""
     if config.dtype == "bfloat16":
@@ -127,13 +154,21 @@ def schedule(step, steps):
     return 0.5 + 0.5 * math.cos(math.pi * (step - warmup) / (steps - warmup))
 
 
-def train(model, draw, steps, lr, weight_decay, device, label):
-    """AdamW; draw() gives a batch -> the mean loss of the last 50."""
+def train(model, draw, steps, lr, weight_decay, device, label, save=None, progress=None):
+    """AdamW; draw() gives a batch -> the mean loss of the last 50.
+
+    save(progress) is called ten times on the way; given what it got, training goes on from there.
+    """
     optimizer = torch.optim.AdamW(
         model.parameters(), lr=lr, betas=(0.9, 0.95), weight_decay=weight_decay
     )
-    recent = []
-    bar = progress(range(steps), label)
+    recent, done = [], 0
+    if progress:
+        recent, done = progress["recent"], progress["step"]
+        optimizer.load_state_dict(progress["optimizer"])
+        for _ in range(done):
+            draw()  # the batches that have been used
+    bar = evaluate.progress(range(done, steps), label)
     for step in bar:
         optimizer.param_groups[0]["lr"] = lr * schedule(step, steps)
         ids, mask = draw()
@@ -148,6 +183,8 @@ def train(model, draw, steps, lr, weight_decay, device, label):
         optimizer.step()
         recent = [*recent[-49:], loss.item()]
         bar.set_postfix(loss=f"{sum(recent) / len(recent):.3f}", refresh=False)
+        if save and (step + 1) * 10 // steps > step * 10 // steps:
+            save({"step": step + 1, "recent": recent, "optimizer": optimizer.state_dict()})
     return sum(recent) / len(recent)
 
 
@@ -215,7 +252,7 @@ def own_demonstrations(config, tokenizer):
     return data.hold_out(lines, config.sft)
 
 
-def pretrain(model, tokenizer, corpus, held_corpus, config, device):
+def pretrain(model, tokenizer, corpus, held_corpus, config, device, save, progress):
     """Next-token prediction on rows of the corpus."""
     rows, held_rows = (
         cut_rows(tokenizer, texts, config.context) for texts in (corpus, held_corpus)
@@ -226,12 +263,14 @@ def pretrain(model, tokenizer, corpus, held_corpus, config, device):
         ids = rows[next(picks)]
         return ids, torch.ones_like(ids, dtype=torch.bool)
 
-    loss = train(model, draw, config.pretrain_steps, config.pretrain_lr, 0.1, device, "pretrain")
+    steps, lr = config.pretrain_steps, config.pretrain_lr
+    loss = train(model, draw, steps, lr, 0.1, device, "pretrain", save, progress)
     held = mean_loss(model, held_rows, torch.ones_like(held_rows, dtype=torch.bool), device)
+    save()
     print(f"pretrained: loss {loss:.3f} nats a token, held out {held:.3f}")
 
 
-def finetune(model, tokenizer, examples, held_out, config, device):
+def finetune(model, tokenizer, examples, held_out, config, device, save, progress):
     """Next-token prediction on responses, given their prompts.
 
     Without weight decay: decay keeps what is certain a little uncertain, and DPO suffers from
@@ -243,9 +282,33 @@ def finetune(model, tokenizer, examples, held_out, config, device):
     def draw():
         return data.collate([examples[i] for i in next(picks)], tokenizer.eot_token)
 
-    loss = train(model, draw, config.steps, config.lr, 0, device, "fine-tune")
+    loss = train(model, draw, config.steps, config.lr, 0, device, "fine-tune", save, progress)
     held_loss = mean_loss(model, *data.collate(held_out, tokenizer.eot_token), device)
+    save()
     print(f"fine-tuned: loss {loss:.3f} nats a response token, held out {held_loss:.3f}")
+
+
+def resume(model, run, config, device):
+    """Take up the weights of an interrupted run -> which checkpoint's, and train()'s progress."""
+    stages = "sft.part", "pretrained.part", "sft", "pretrained"
+    paths = [f"{config.out}/{stage}.pt" for stage in stages]
+    path, state = last_state(paths, run, device)
+    stage = stages[paths.index(path)]
+    if stage == "sft":
+        raise SystemExit(f"--resume: {path} is of this very run, and finished")
+    model.load_state_dict(state["weights"])
+    progress = state.get("progress")
+    print(f"resumed from {path}" + f", step {progress['step']}" * bool(progress))
+    return stage, progress
+
+
+def save_stage(path, model, kept, progress=None):
+    """The state of an unfinished stage in PATH.part.pt, or its finished model in PATH.pt."""
+    if progress:
+        gpt.save(f"{path}.part.pt", model, progress=progress, **kept)
+    else:
+        gpt.save(f"{path}.pt", model, **kept)
+        os.remove(f"{path}.part.pt")
 
 
 def main():
@@ -277,12 +340,17 @@ def main():
     set_speed(model, config, device)
     size = sum(p.numel() for p in model.parameters())
     print(f"model: {size:,} parameters; tokenizer: {tokenizer.n_vocab} tokens")
-    vocabulary = data.tokenizer_state(tokenizer)
+    kept = {"tokenizer": data.tokenizer_state(tokenizer), "run": identify(config, corpus, demos)}
 
-    pretrain(model, tokenizer, corpus, held_corpus, config, device)
-    gpt.save(f"{config.out}/pretrained.pt", model, tokenizer=vocabulary)
-    finetune(model, tokenizer, examples, held_examples, config, device)
-    gpt.save(f"{config.out}/sft.pt", model, tokenizer=vocabulary)
+    stage, progress = None, None
+    if config.resume:
+        stage, progress = resume(model, kept["run"], config, device)
+    if stage in (None, "pretrained.part"):
+        save = partial(save_stage, f"{config.out}/pretrained", model, kept)
+        pretrain(model, tokenizer, corpus, held_corpus, config, device, save, progress)
+        progress = None
+    save = partial(save_stage, f"{config.out}/sft", model, kept)
+    finetune(model, tokenizer, examples, held_examples, config, device, save, progress)
     if not config.sft:
         _, held_out, never = data.split_questions()
         print(
@@ -296,4 +364,4 @@ if __name__ == "__main__":
     try:
         main()
     except KeyboardInterrupt:
-        raise SystemExit("\ninterrupted; the files already written are whole")
+        raise SystemExit("\ninterrupted; --resume goes on from the last saved state")

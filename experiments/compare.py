@@ -15,6 +15,7 @@ import copy
 import dataclasses
 import json
 import random
+import re
 import statistics
 import subprocess
 import sys
@@ -146,8 +147,9 @@ def run_pairs(ground, name, flips=0.0, **settings):
     if flips:
         dataset = flip(dataset, flips, ground.seed)
     policy = ground.policy(ground.folder / "pretrained.pt" if name == "orpo" else None)
-    end = ground.tokenizer.eot_token
-    consume(train_dpo.train(policy, dataset, config, end, loss_fn, first_loss), name)
+    optimizer = train_dpo.make_optimizer(policy, config)
+    arguments = dataset, config, ground.tokenizer.eot_token, loss_fn, first_loss
+    consume(train_dpo.train(policy, optimizer, *arguments), name)
     return policy, len(texts) * (2 if name == "kto" else 1), seconds
 
 
@@ -294,6 +296,8 @@ def print_noise(folder, seeds):
 
 def main():
     config = train_sft.read_config(Config, "compare.py")
+    if not re.fullmatch(r"\d+(,\d+)*", config.seeds):
+        raise SystemExit(f"--seeds: numbers with commas between them, not {config.seeds}")
     seeds = [int(seed) for seed in config.seeds.split(",")]
     names = config.only.split(",") if config.only else [*METHODS]
     if unknown := {*names} - {*METHODS}:

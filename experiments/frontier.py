@@ -68,8 +68,8 @@ def training_of(ground, method, beta, policy):
             config = ground.config(train_variant.Config, **own)
             _, *arguments = train_variant.choose(config)
         _, steps = train_dpo.count_steps(config, len(dataset[0][0]))
-        end = ground.tokenizer.eot_token
-        return train_dpo.train(policy, dataset, config, end, *arguments), steps
+        end, optimizer = ground.tokenizer.eot_token, train_dpo.make_optimizer(policy, config)
+        return train_dpo.train(policy, optimizer, dataset, config, end, *arguments), steps
     if method == "GRPO":
         config = ground.config(train_grpo.Config, kl_beta=beta)
         training = train_grpo.train(models, config, ground.questions, evaluate.true_rewards)

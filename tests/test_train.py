@@ -232,7 +232,8 @@ def test_the_reference_has_no_gradient_and_does_not_move_by_a_bit(setup, tokeniz
     reference, pairs, config = setup
     before = copy.deepcopy(reference.state_dict())
     policy = copy.deepcopy(reference).requires_grad_(True)
-    metrics = list(train_dpo.train(policy, pairs, config, tokenizer.eot_token))
+    optimizer = train_dpo.make_optimizer(policy, config)
+    metrics = list(train_dpo.train(policy, optimizer, pairs, config, tokenizer.eot_token))
     assert metrics[0]["loss"] == pytest.approx(math.log(2), abs=1e-6)
     assert all(torch.equal(value, before[name]) for name, value in reference.state_dict().items())
     assert all(p.grad is None and not p.requires_grad for p in reference.parameters())
@@ -243,8 +244,9 @@ def test_logged_rewards_are_against_the_frozen_reference(setup, tokenizer):
     """After some steps, every metric recomputed from scratch, the reference run live."""
     reference, pairs, config = setup
     policy = copy.deepcopy(reference).requires_grad_(True)
+    optimizer = train_dpo.make_optimizer(policy, config)
     states, metrics = [], []
-    for line in train_dpo.train(policy, pairs, config, tokenizer.eot_token):
+    for line in train_dpo.train(policy, optimizer, pairs, config, tokenizer.eot_token):
         metrics.append(line)
         states.append(copy.deepcopy(policy))
     rows = list(data.batches(20, 8, 5, config.seed))[3]
@@ -490,5 +492,5 @@ def test_ctrl_c_leaves_whole_files_and_one_line(village, tmp_path):
     process.send_signal(signal.SIGINT)
     _, errors = process.communicate(timeout=60)
     assert process.returncode == 1 and "Traceback" not in errors
-    assert errors.strip() == "interrupted; the files already written are whole"
+    assert errors.strip() == "interrupted; --resume goes on from the last saved state"
     assert len((tmp_path / "pairs.jsonl").read_text().splitlines()) > 40

@@ -117,8 +117,9 @@ def train(models, config, questions, reward=evaluate.true_rewards):
                 judge = train_reward_model(opponent, tokenizer, pairs, config)
                 reward = learned_reward(judge, tokenizer)
         round_config = dataclasses.replace(config, beta=beta, lr=lr)
-        end = tokenizer.eot_token
-        for metrics in train_dpo.train(policy, dataset, round_config, end, loss_fn, first_loss):
+        optimizer = train_dpo.make_optimizer(policy, round_config)
+        arguments = dataset, round_config, tokenizer.eot_token, loss_fn, first_loss
+        for metrics in train_dpo.train(policy, optimizer, *arguments):
             yield metrics | {"round": number}
 
 

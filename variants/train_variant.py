@@ -182,4 +182,4 @@ if __name__ == "__main__":
     try:
         main()
     except KeyboardInterrupt:
-        raise SystemExit("\ninterrupted; the files already written are whole")
+        raise SystemExit("\ninterrupted; --resume goes on from the last saved state")
