@@ -162,9 +162,15 @@ def sample(logits, temperature, generator=None):
 
 
 def save(path, model, **extra):
-    """Write a plain dict that rebuilds the model anywhere; never leaves half a file at `path`."""
+    """Write a plain dict that rebuilds the model anywhere; never leaves half a file at `path`.
+
+    Raises OSError where it cannot be written.
+    """
     state = {"config": asdict(model.config), "weights": model.state_dict(), **extra}
-    torch.save(state, f"{path}.tmp")
+    try:
+        torch.save(state, f"{path}.tmp")
+    except RuntimeError as error:  # torch's writer has no better name for it
+        raise OSError(f"cannot write {path}.tmp: is the disk full?") from error
     os.replace(f"{path}.tmp", path)
 
 

@@ -24,7 +24,15 @@ import data
 import dpo
 import evaluate
 import model as gpt
-from train_sft import identify, last_state, prepare, read_config, schedule, set_speed
+from train_sft import (
+    identify,
+    last_state,
+    prepare,
+    read_config,
+    run_command,
+    schedule,
+    set_speed,
+)
 
 
 @dataclass
@@ -298,7 +306,7 @@ def cut_log(log, done):
     lines = [log.readline() for _ in range(done)]
     if not all(line.endswith("\n") for line in lines):
         raise SystemExit(f"--resume: {log.name} has fewer lines than the {done} steps done")
-    log.truncate()
+    log.truncate(log.tell())
     return [json.loads(line) for line in lines[-50:]]
 
 
@@ -480,7 +488,4 @@ def main():
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except KeyboardInterrupt:
-        raise SystemExit("\ninterrupted; --resume goes on from the last saved state")
+    run_command(main, "--resume goes on from the last saved state")

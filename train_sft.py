@@ -81,6 +81,16 @@ def read_config(cls, script, **defaults):
     return config
 
 
+def run_command(main, hint="the files already written are whole"):
+    """Run a script; Ctrl-C, or a disk that is full, ends it in one line."""
+    try:
+        main()
+    except KeyboardInterrupt:
+        raise SystemExit(f"\ninterrupted; {hint}")
+    except OSError as error:
+        raise SystemExit(f"{error}; {hint}")
+
+
 def prepare(config):
     """Print the config, seed torch, prove that --out can be written -> the device."""
     print("config:", *(f"{name}={value}" for name, value in vars(config).items() if value != ""))
@@ -298,7 +308,7 @@ def resume(model, run, config, device):
         raise SystemExit(f"--resume: {path} is of this very run, and finished")
     model.load_state_dict(state["weights"])
     progress = state.get("progress")
-    print(f"resumed from {path}" + f", step {progress['step']}" * bool(progress))
+    print(f"resumed from {path}", f"step {progress['step']}" if progress else "", sep=", ")
     return stage, progress
 
 
@@ -361,7 +371,4 @@ def main():
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except KeyboardInterrupt:
-        raise SystemExit("\ninterrupted; --resume goes on from the last saved state")
+    run_command(main, "--resume goes on from the last saved state")

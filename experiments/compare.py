@@ -324,7 +324,4 @@ def main():
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except KeyboardInterrupt:
-        raise SystemExit("\ninterrupted; the finished runs are kept, and are not repeated")
+    train_sft.run_command(main, "finished runs are not repeated")

@@ -24,7 +24,7 @@ import dpo
 import evaluate
 import train_dpo
 from experiments.compare import ROOT, Ground
-from train_sft import read_config
+from train_sft import read_config, run_command
 from variants import train_grpo, train_rlhf, train_variant
 
 LOOKS = {  # colours told apart by the colour-blind, markers in print
@@ -184,7 +184,4 @@ def main():
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except KeyboardInterrupt:
-        raise SystemExit("\ninterrupted; the finished runs are kept, and are not repeated")
+    run_command(main, "finished runs are not repeated")

@@ -38,7 +38,7 @@ from train_dpo import (
     start,
     train_and_report,
 )
-from train_sft import read_config, schedule
+from train_sft import read_config, run_command, schedule
 from variants.losses import clipped_loss
 
 
@@ -148,7 +148,4 @@ def main():
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except KeyboardInterrupt:
-        raise SystemExit("\ninterrupted; the files already written are whole")
+    run_command(main)

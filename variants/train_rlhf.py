@@ -28,7 +28,7 @@ import data
 import dpo
 import evaluate
 import train_dpo
-from train_sft import read_config, schedule
+from train_sft import read_config, run_command, schedule
 from variants.losses import clipped_loss
 from variants.reward_model import accuracy, learned_reward, scalar_head, train_reward_model
 from variants.train_grpo import roll_out
@@ -158,7 +158,4 @@ def main():
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except KeyboardInterrupt:
-        raise SystemExit("\ninterrupted; the files already written are whole")
+    run_command(main)

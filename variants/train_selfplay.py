@@ -31,7 +31,7 @@ import data
 import dpo
 import evaluate
 import train_dpo
-from train_sft import read_config
+from train_sft import read_config, run_command
 from variants.losses import sppo_loss
 from variants.reward_model import learned_reward, train_reward_model
 
@@ -163,7 +163,4 @@ def main():
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except KeyboardInterrupt:
-        raise SystemExit("\ninterrupted; the files already written are whole")
+    run_command(main)

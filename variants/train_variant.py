@@ -19,7 +19,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))  # run from anywhere
 import data
 import evaluate
 import train_dpo
-from train_sft import read_config, set_speed
+from train_sft import read_config, run_command, set_speed
 from variants import losses
 
 # Found by a small sweep on seed 0 (README, "The family").
@@ -179,7 +179,4 @@ def main():
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except KeyboardInterrupt:
-        raise SystemExit("\ninterrupted; --resume goes on from the last saved state")
+    run_command(main, "--resume goes on from the last saved state")

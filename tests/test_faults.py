@@ -1,0 +1,188 @@
+"""What goes wrong on a real machine: killed runs and how they resume, full disks, foreign files."""
+
+import json
+import os
+import pickle
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import model as gpt
+import train_dpo
+import train_sft
+
+ROOT = Path(__file__).parent.parent
+SFT = "--pretrain-steps=12 --steps=14 --lr=0.02 --n-embd=16 --n-layer=1 --n-head=2".split()
+DPO = "--num-pairs=48 --batch-size=8 --epochs=4 --eval-questions=2 --eval-samples=3".split()
+ADAMW = [*DPO, "--optimizer=adamw", "--lr=1e-3"]
+
+# A script in a process that kills itself, at a MOMENT of the COUNT-th time that a state is saved:
+# a file half written, a whole one not yet renamed, a step after the last save.
+DYING = """
+import importlib, os, signal, sys
+import model as gpt
+moment, count, script = sys.argv[1], int(sys.argv[2]), sys.argv[3]
+sys.argv = sys.argv[3:]
+module, saves, replace, save = importlib.import_module(script), 0, os.replace, gpt.torch.save
+def die():
+    os.kill(os.getpid(), signal.SIGKILL)
+def dying_save(state, path):
+    global saves
+    saves += ".part." in path
+    if moment == "while writing" and saves == count:
+        open(path, "wb").write(b"PK half a file")
+        die()
+    save(state, path)
+def dying_replace(source, target):
+    if moment == "before renaming" and saves == count and ".part." in target:
+        die()
+    replace(source, target)
+gpt.torch.save, os.replace = dying_save, dying_replace
+step = gpt.GPT.forward
+def dying_forward(self, ids):
+    if moment == "in a step" and saves == count and self.training_seen:
+        die()
+    self.training_seen = self.wte.weight.requires_grad and saves == count
+    return step(self, ids)
+gpt.GPT.training_seen, gpt.GPT.forward = False, dying_forward
+module.main()
+"""
+
+
+def kill(moment, count, script, flags):
+    command = [sys.executable, "-c", DYING, moment, str(count), script, *flags]
+    # As many threads as here: the order of additions, and so the last bit, depends on it.
+    env = os.environ | {"OMP_NUM_THREADS": "1"}
+    run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=env)
+    assert run.returncode == -signal.SIGKILL, run.stderr
+
+
+def run(monkeypatch, module, *flags):
+    monkeypatch.setattr(sys, "argv", [module.__name__ + ".py", *flags])
+    torch.set_num_threads(1)
+    module.main()
+
+
+def refusal(monkeypatch, module, *flags):
+    with pytest.raises(SystemExit) as stop:
+        run(monkeypatch, module, *flags)
+    message = str(stop.value)
+    assert "\n" not in message
+    return message
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """Uninterrupted runs, to compare with."""
+    out = tmp_path_factory.mktemp("whole")
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        run(monkeypatch, train_sft, f"--out={out}", *SFT)
+        run(monkeypatch, train_dpo, f"--out={out}", *ADAMW)
+    return out
+
+
+def same_weights(*paths):
+    states = [gpt.load(path)[0].state_dict() for path in paths]
+    return all(torch.equal(states[0][name], states[1][name]) for name in states[0])
+
+
+@pytest.mark.parametrize(
+    "moment, count", [("while writing", 3), ("before renaming", 6), ("in a step", 4)]
+)
+def test_a_killed_dpo_run_resumes_to_the_same_bits(whole, tmp_path, monkeypatch, moment, count):
+    flags = [f"--out={tmp_path}", f"--init={whole}/sft.pt", *ADAMW]
+    kill(moment, count, "train_dpo", flags)
+    gpt.load(tmp_path / "dpo.part.pt")  # whole, whatever stands beside it
+    assert not (tmp_path / "dpo.pt").exists()
+    message = refusal(monkeypatch, train_dpo, *flags, "--resume", "--beta=0.4")
+    assert "dpo.part.pt is of another run: beta was 0.5, is 0.4" in message
+    run(monkeypatch, train_dpo, *flags, "--resume")
+    assert (tmp_path / "dpo.jsonl").read_bytes() == (whole / "dpo.jsonl").read_bytes()
+    assert same_weights(tmp_path / "dpo.pt", whole / "dpo.pt")
+    reports = [json.loads((folder / "dpo.json").read_text()) for folder in (tmp_path, whole)]
+    assert reports[0]["policy"] == reports[1]["policy"]
+    assert not list(tmp_path.glob("*.part.pt"))
+    assert "there is no" in refusal(monkeypatch, train_dpo, *flags, "--resume")
+
+
+@pytest.mark.parametrize(
+    "moment, count", [("in a step", 5), ("before renaming", 11), ("while writing", 14)]
+)
+def test_a_killed_sft_run_resumes_to_the_same_bits(whole, tmp_path, monkeypatch, moment, count):
+    """Ten saves a stage: of these moments one is in pretraining and two are in fine-tuning."""
+    flags = [f"--out={tmp_path}", *SFT]
+    kill(moment, count, "train_sft", flags)
+    run(monkeypatch, train_sft, *flags, "--resume")
+    for name in ("pretrained.pt", "sft.pt"):
+        assert same_weights(tmp_path / name, whole / name)
+    assert not list(tmp_path.glob("*.part.pt"))
+    assert "of this very run, and finished" in refusal(monkeypatch, train_sft, *flags, "--resume")
+
+
+def test_pairs_that_have_changed_are_not_resumed(whole, tmp_path, monkeypatch):
+    pairs = tmp_path / "pairs.jsonl"
+    lines = (whole / "pairs.jsonl").read_text().splitlines(keepends=True)
+    pairs.write_text("".join(lines))
+    flags = [f"--out={tmp_path}", f"--init={whole}/sft.pt", f"--pairs={pairs}", *DPO]
+    kill("in a step", 2, "train_dpo", flags)
+    record = json.loads(lines[0])
+    lines[0] = json.dumps(record | {"chosen": record["chosen"] + " More."}) + "\n"
+    pairs.write_text("".join(lines))
+    assert "another run: data was" in refusal(monkeypatch, train_dpo, *flags, "--resume")
+
+
+def test_a_reference_that_has_changed_is_not_resumed(whole, tmp_path, monkeypatch):
+    reference, state = gpt.load(whole / "sft.pt")
+    gpt.save(tmp_path / "sft.pt", reference, tokenizer=state["tokenizer"])
+    flags = [f"--out={tmp_path}", f"--pairs={whole}/pairs.jsonl", *DPO]
+    kill("in a step", 2, "train_dpo", flags)
+    with torch.no_grad():
+        reference.wte.weight[0, 0] += 1e-6
+    gpt.save(tmp_path / "sft.pt", reference, tokenizer=state["tokenizer"])
+    assert "another run: data was" in refusal(monkeypatch, train_dpo, *flags, "--resume")
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs a device that is always full")
+@pytest.mark.parametrize(
+    "file", ["dpo.part.pt.tmp", "dpo.json.tmp"]
+)
+def test_a_full_disk_ends_the_run_in_one_line(whole, tmp_path, file):
+    (tmp_path / file).symlink_to("/dev/full")
+    (tmp_path / "dpo.pt").write_bytes(b"an earlier run's")
+    flags = [f"--out={tmp_path}", f"--init={whole}/sft.pt", *DPO]
+    command = [sys.executable, "train_dpo.py", *flags]
+    run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert run.returncode == 1 and run.stderr.count("\n") == 1
+    assert "No space left" in run.stderr or "is the disk full?" in run.stderr
+    if file != "dpo.json.tmp":
+        assert (tmp_path / "dpo.pt").read_bytes() == b"an earlier run's"
+
+
+class Bomb:
+    def __reduce__(self):
+        return os.mkdir, ("exploded",)
+
+
+@pytest.mark.parametrize("kind", ["truncated", "foreign", "pickle", "other keys", "other shapes"])
+def test_a_file_that_is_no_checkpoint_is_named_and_never_run(whole, tmp_path, monkeypatch, kind):
+    monkeypatch.chdir(tmp_path)
+    path, good = tmp_path / "bad.pt", (whole / "sft.pt").read_bytes()
+    _, state = gpt.load(whole / "sft.pt")
+    match kind:
+        case "truncated":
+            path.write_bytes(good[: len(good) // 2])
+        case "foreign":
+            torch.save({"model": torch.zeros(3)}, path)
+        case "pickle":
+            path.write_bytes(pickle.dumps(Bomb()))
+        case "other keys":
+            torch.save(state | {"config": state["config"] | {"dropout": 0.1}}, path)
+        case "other shapes":
+            torch.save(state | {"config": state["config"] | {"n_layer": 2}}, path)
+    flags = [f"--out={tmp_path}", "--init=bad.pt", *DPO]
+    assert "bad.pt is not a whole checkpoint" in refusal(monkeypatch, train_dpo, *flags)
+    assert not (tmp_path / "exploded").exists()
