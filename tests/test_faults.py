@@ -147,9 +147,7 @@ def test_a_reference_that_has_changed_is_not_resumed(whole, tmp_path, monkeypatc
 
 
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs a device that is always full")
-@pytest.mark.parametrize(
-    "file", ["dpo.part.pt.tmp", "dpo.json.tmp"]
-)
+@pytest.mark.parametrize("file", ["dpo.part.pt.tmp", "dpo.json.tmp"])
 def test_a_full_disk_ends_the_run_in_one_line(whole, tmp_path, file):
     (tmp_path / file).symlink_to("/dev/full")
     (tmp_path / "dpo.pt").write_bytes(b"an earlier run's")
