@@ -266,7 +266,7 @@ def value_of(record: dict, field: str):
         raise ValueError('"label" is neither true nor false')
     if field == "rating" and (isinstance(value, bool) or not isinstance(value, (int, float))):
         raise ValueError('"rating" is no number')
-    if not math.isfinite(value):
+    if not abs(value) < math.inf:
         raise ValueError('"rating" is not finite')
     return value
 

@@ -432,7 +432,13 @@ def write_lines(path, rows):
 def test_a_rated_log_gives_the_pairs_it_should(tmp_path, capsys):
     """Best against worst of each prompt; a prompt with one rating, or with equal ones, none."""
     said = [("q1", " a", 3), ("q2", " b", 1), ("q1", " c", 5), ("q1", " d", 1.5), ("q2", " e", 1)]
-    said += [("q3", " f", 2), ("q4", " g", -1), ("q4", " h", 0), ("q1", " i", 5)]
+    said += [
+        ("q3", " f", 2),
+        ("q4", " g", -1),
+        ("q4", " h", 0),
+        ("q1", " i", 5),
+        ("q4", " j", -(10**400)),
+    ]
     path = write_lines(
         tmp_path / "log.jsonl", [{"prompt": p, "response": r, "rating": x} for p, r, x in said]
     )
@@ -440,8 +446,8 @@ def test_a_rated_log_gives_the_pairs_it_should(tmp_path, capsys):
     rows = data.read_jsonl(path, fields, None, 64)
     assert fields == ("prompt", "response", "rating") and rows == said
     pairs = data.pairs_from_ratings(rows, path)
-    assert pairs == [("q1", " c", " d"), ("q4", " h", " g")]
-    assert "9 rated responses to 4 prompts give 2 pairs" in capsys.readouterr().out
+    assert pairs == [("q1", " c", " d"), ("q4", " h", " j")]
+    assert "10 rated responses to 4 prompts give 2 pairs" in capsys.readouterr().out
     with pytest.raises(SystemExit, match="no prompt has two responses of different ratings"):
         data.pairs_from_ratings(rows[1:2], path)
 
