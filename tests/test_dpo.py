@@ -289,3 +289,9 @@ def test_probabilities_of_all_completions_sum_to_one():
     ids, mask = collate(examples, pad=1)
     total = dpo.sequence_logps(model(ids), ids, mask).exp().sum()
     assert total.item() == pytest.approx(1, abs=1e-12)
+
+
+@pytest.mark.parametrize("mask", [torch.ones(2, 3), torch.ones(2, 4, dtype=torch.bool)])
+def test_a_mask_that_is_not_bool_or_of_another_shape_is_refused(mask):
+    with pytest.raises(AssertionError):
+        dpo.token_logps(torch.zeros(2, 3, 5), torch.zeros(2, 3, dtype=torch.int64), mask)

@@ -214,7 +214,7 @@ def test_robust_is_unbounded_below_where_cdpo_is_not():
 
 @pytest.mark.parametrize("eps", [0.5, 0.6, 1.0])
 def test_robust_refuses_labels_no_better_than_a_coin(eps):
-    with pytest.raises(ValueError):
+    with pytest.raises(ValueError, match="label_smoothing must be in"):
         losses.robust_loss(*at_margin([1], 0.5), 0.5, eps)
 
 
@@ -259,6 +259,17 @@ def test_orpo_in_float32_is_accurate_from_certainty_to_despair():
     assert_equals_oracle(CASES["orpo"], logps, lengths, 0.5, rel=1e-5)
 
 
+def test_orpo_stays_finite_where_a_response_is_certain():
+    """Rejected with probability 1, held 1e-12 short of it; chosen ½: ln 2 + softplus(ln 1e12)."""
+    rejected = torch.zeros(1, requires_grad=True)
+    logps = torch.tensor([-math.log(2)]), rejected, torch.zeros(1), torch.zeros(1)
+    one = torch.ones(1, dtype=torch.int64)
+    loss = losses.orpo_loss(*logps, 0.5, 1.0, chosen_lengths=one, rejected_lengths=one)
+    assert loss.item() == pytest.approx(math.log(2) + math.log(1e12), rel=1e-5)
+    (gradient,) = torch.autograd.grad(loss, rejected)
+    assert gradient.isfinite()
+
+
 @pytest.mark.parametrize("labels", ["+-+", "+++", "---", "--+"])
 def test_kto_takes_any_mix_of_labels_and_leaves_z_alone(labels):
     s = torch.tensor([2.0, -3.0, 0.5], dtype=torch.float64, requires_grad=True)
@@ -292,5 +303,16 @@ def test_kto_reference_point_is_the_mean_cut_at_zero_and_detached(s, z):
 
 @pytest.mark.parametrize("batch", [0, 1])
 def test_kto_reference_point_needs_two_pairs_to_mismatch(batch):
-    with pytest.raises(ValueError):
+    with pytest.raises(ValueError, match="at least 2 examples"):
         losses.kto_reference_point(torch.zeros(batch), torch.zeros(batch))
+
+
+def test_clipped_loss_by_hand():
+    """Advantage 2 and −2 at ratios 1, 1.5, 0.5, clip 0.2: a gain stops at the edge, a loss not."""
+    old = torch.zeros(6, dtype=torch.float64)
+    new = torch.tensor([1, 1.5, 0.5, 1, 1.5, 0.5]).double().log().requires_grad_()
+    advantages = torch.tensor([2.0, 2, 2, -2, -2, -2]).double()
+    loss = losses.clipped_loss(new, old, advantages, 0.2)
+    assert loss.tolist() == pytest.approx([-2, -2.4, -1, 2, 3, 1.6])
+    (gradient,) = torch.autograd.grad(loss.sum(), new)
+    assert gradient.tolist() == pytest.approx([-2, 0, -1, 2, 3, 0])
