@@ -7,8 +7,8 @@
 
 Each run leaves OUT/SEED/METHOD.json and is not repeated while that file is there. The tables are
 Markdown, for the README. Seconds are those of training, with all that it needs beyond the SFT model
-(sampling, labels, the reference's pass, which every method on pairs is charged for); compare them
-within one machine and one --seeds call. --quick keeps to a folder of its own.
+(sampling, labels, the reference's pass, which every method on pairs is charged for), and of the
+seeds the fastest: what else a machine does only adds. --quick keeps to a folder of its own.
 """
 
 import copy
@@ -278,7 +278,7 @@ def print_table(folder, seeds, names):
         columns = {key: [run[key] for run in runs] for key in runs[0]}
         print(
             f"| {title} | {stages} | {models} | {statistics.fmean(columns['labels']):,.0f} "
-            f"| {statistics.fmean(columns['seconds']):.0f} | {cell(columns['reward'], '.2f')} "
+            f"| {min(columns['seconds']):.0f} | {cell(columns['reward'], '.2f')} "
             f"| {cell(columns['kl'], '.2f')} | {statistics.fmean(columns['garbled']):.1%} "
             f"| {statistics.fmean(columns['win_rate']):.3f} "
             f"| {cell(columns['optimality'], '.1%')} | {len(runs)} |"
