@@ -177,16 +177,6 @@ def test_pairs_are_written_as_they_are_read(tokenizer, tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["pairs.jsonl"]
 
 
-def test_held_out_pairs_share_no_prompt_with_the_others():
-    rows = [(f"prompt {i % 25}", i) for i in range(60)]
-    train, held_out = data.hold_out(rows, "pairs.jsonl")
-    assert sorted(train + held_out) == sorted(rows)
-    assert {prompt for prompt, _ in held_out} == {"prompt 1", "prompt 11", "prompt 21"}
-    assert not {prompt for prompt, _ in held_out} & {prompt for prompt, _ in train}
-    with pytest.raises(SystemExit, match=r"pairs.jsonl: one prompt is too few"):
-        data.hold_out([("a", 1), ("a", 2)], "pairs.jsonl")
-
-
 def test_summary_by_hand():
     """Two questions, β = 0.5: optimality is a ratio of means, (1.25 − 0.5)/(2 − 0.5) = ½."""
     zero, one = torch.zeros(2).double(), torch.ones(2).double()

@@ -384,7 +384,7 @@ def test_kto_gets_z_from_the_mismatched_half():
     assert found.tolist() == pytest.approx(expected)
 
 
-# --- Thumbs and ratings -------------------------------------------------------------------------
+# --- Thumbs --------------------------------------------------------------------------------------
 
 
 def test_mismatched_examples_by_hand():
@@ -411,50 +411,6 @@ def test_a_pair_is_a_thumb_up_and_a_thumb_down(tokenizer):
         assert mismatched[0] == data.encode(tokenizer, question, " Of course!")
         assert mismatched[3] == data.encode(tokenizer, other, " Gladly!")
         assert given[2].tolist() == [True, True, False, False]
-
-
-def write_lines(path, rows):
-    path.write_text("\n".join(json.dumps(row) for row in rows))
-    return str(path)
-
-
-def test_a_rated_log_gives_the_pairs_it_should(tmp_path, capsys):
-    """Best against worst of each prompt; a prompt with one rating, or with equal ones, none."""
-    said = [("q1", " a", 3), ("q2", " b", 1), ("q1", " c", 5), ("q1", " d", 1.5), ("q2", " e", 1)]
-    said += [
-        ("q3", " f", 2),
-        ("q4", " g", -1),
-        ("q4", " h", 0),
-        ("q1", " i", 5),
-        ("q4", " j", -(10**400)),
-    ]
-    path = write_lines(
-        tmp_path / "log.jsonl", [{"prompt": p, "response": r, "rating": x} for p, r, x in said]
-    )
-    fields = data.fields_of(path)
-    rows = data.read_jsonl(path, fields, None, 64)
-    assert fields == ("prompt", "response", "rating") and rows == said
-    pairs = data.pairs_from_ratings(rows, path)
-    assert pairs == [("q1", " c", " d"), ("q4", " h", " j")]
-    assert "10 rated responses to 4 prompts give 2 pairs" in capsys.readouterr().out
-    with pytest.raises(SystemExit, match="no prompt has two responses of different ratings"):
-        data.pairs_from_ratings(rows[1:2], path)
-
-
-@pytest.mark.parametrize(
-    "row, message",
-    [
-        ({"prompt": "q", "completion": "a", "label": 1}, '"label" is neither true nor false'),
-        ({"prompt": "q", "response": "a", "rating": "5"}, '"rating" is no number'),
-        ({"prompt": "q", "response": "a", "rating": True}, '"rating" is no number'),
-        ({"prompt": "q", "response": "a", "rating": float("nan")}, '"rating" is not finite'),
-        ({"prompt": "q", "response": " ", "rating": 1}, '"response" is empty'),
-    ],
-)
-def test_a_bad_thumb_or_rating_is_named(tmp_path, row, message):
-    path = write_lines(tmp_path / "log.jsonl", [row])
-    with pytest.raises(SystemExit, match=f"line 1: {message}"):
-        data.read_jsonl(path, data.fields_of(path), None, 64)
 
 
 def test_thumbs_are_no_pairs(tokenizer):
