@@ -384,7 +384,7 @@ def test_kto_gets_z_from_the_mismatched_half():
     assert found.tolist() == pytest.approx(expected)
 
 
-# --- Thumbs --------------------------------------------------------------------------------------
+# --- Thumbs -------------------------------------------------------------------------------------
 
 
 def test_mismatched_examples_by_hand():
@@ -521,7 +521,8 @@ def test_kto_learns_from_somebodys_thumbs(sft, tmp_path):
         {"prompt": f"What is {i}?", "completion": f" It is {i}.", "label": i % 3 > 0}
         for i in range(30)
     ]
-    path = write_lines(tmp_path / "thumbs.jsonl", rows)
+    path = tmp_path / "thumbs.jsonl"
+    path.write_text("\n".join(json.dumps(row) for row in rows))
     flags = ["--loss=kto", f"--pairs={path}", f"--out={sft}", "--batch-size=8", *SIZES]
     command("variants/train_variant.py", *flags)
     assert "held-out/accuracy" in json.loads((sft / "kto.json").read_text())
