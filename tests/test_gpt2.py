@@ -169,8 +169,14 @@ def test_an_exported_model_has_our_logits_in_transformers(transformers, checkpoi
     assert dropouts == (0, 0, 0)
 
 
-def test_an_exported_tokenizer_gives_our_ids(transformers, checkpoint, tmp_path, run, texts):
-    path, _, ours = checkpoint
+@pytest.mark.parametrize("kind", ["village", "gpt2"])
+def test_an_exported_tokenizer_gives_our_ids(
+    transformers, checkpoint, their_folder, tmp_path, run, texts, kind
+):
+    path = checkpoint[0]
+    if kind == "gpt2":
+        run("import", their_folder, path := tmp_path / "gpt2.pt")
+    ours = data.build_tokenizer(**gpt.load(path)[1]["tokenizer"])
     run("export", path, tmp_path / "folder")
     theirs = transformers.AutoTokenizer.from_pretrained(tmp_path / "folder")
     for text in texts:

@@ -5,9 +5,11 @@
     python tools/gpt2.py export out/dpo.pt FOLDER    -> the same and tokenizer.json, which also has
                                                      the pattern: for transformers and TRL
 
-Nothing is downloaded. Both ways, weights keep every bit of their float32, and texts their token ids,
+Nothing is downloaded. Both ways, weights keep every bit of their float32 and texts their token ids,
 but for one thing: where a text spells out <|endoftext|>, Hugging Face's tokenizers see the end of
-the text, and ours words. Needs the safetensors package (requirements-peers.txt).
+the text, and ours words. What transformers has trained comes back too: lay the vocab.json and
+merges.txt of the export beside it, for it saves tokenizer.json only. Needs the safetensors package
+(requirements-peers.txt).
 """
 
 import itertools
