@@ -11,6 +11,9 @@ lint: .venv/installed-dev
 	.venv/bin/ruff check .
 	.venv/bin/ruff format --check .
 
+test-peers: .venv/installed-peers
+	.venv/bin/python -m pytest tests/test_gpt2.py tests/test_peers.py
+
 RUNS ?= out
 
 figures: .venv/installed-dev
@@ -28,4 +31,8 @@ figures: .venv/installed-dev
 	.venv/bin/python -m pip install --quiet --disable-pip-version-check -r requirements-dev.txt
 	@touch $@
 
-.PHONY: run test lint figures
+.venv/installed-peers: .venv/installed requirements-peers.txt
+	.venv/bin/python -m pip install --quiet --disable-pip-version-check -r requirements-peers.txt
+	@touch $@
+
+.PHONY: run test lint test-peers figures

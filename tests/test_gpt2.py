@@ -1,0 +1,396 @@
+"""tools/gpt2.py against transformers itself, on random weights; skipped where it is missing."""
+
+import json
+import os
+import random
+import shutil
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import data
+import model as gpt
+from tools import gpt2
+
+ODD = [
+    "What does Mara do for work? Mara's a baker, isn't she? They're 42 years old.",
+    "  two spaces,\n\nnew lines \r\n and\ttabs \n at the end  ",
+    "Übung macht den Meister: naïve café, Ωμέγα, щи, 漢字かな交じり文, हिन्दी, ไทย, العربية",
+    "👩\u200d👩\u200d👧 🇩🇪 ², ½, Ⅷ, Ⓐ, a_b, __init__, e\u0301 \u00a0\u3000 \u200b\u00ad\x00\x7f",
+    *("", " ", "\n", "a", " a", "\ufeff", "\U0010ffff"),
+]
+LETTERS = "aaabcdeeefghiiklmnooprstuvwy     .,!?'\n\t019_ABMÜé漢👩"
+
+
+@pytest.fixture(scope="module")
+def transformers():
+    """The peer. It must not reach for the network."""
+    os.environ |= {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1"}
+    return pytest.importorskip("transformers")
+
+
+@pytest.fixture(scope="module")
+def texts():
+    """The village's texts, odd ones, and words cut anywhere, where pieces meet as in no word."""
+    rng = random.Random(0)
+    village = [*data.stories(20, seed=0), *data.QUESTIONS, *data.responses([*data.QUESTIONS][0])]
+    noise = ["".join(rng.choices(LETTERS, k=rng.randint(1, 60))) for _ in range(1000)]
+    words = data.every_word().replace(" ", "").replace("\n", "")
+    starts = [rng.randrange(len(words) - 40) for _ in range(1000)]
+    return village + ODD + noise + [words[i : i + rng.randint(1, 40)] for i in starts]
+
+
+def randomise(model):
+    """Every weight odd, biases and LayerNorms too, so that none can be left out or swapped."""
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for weight in model.parameters():
+            weight.normal_(std=0.3, generator=generator)
+    return model.eval()
+
+
+def some_ids(vocab_size):
+    return torch.randint(vocab_size, (3, 20), generator=torch.Generator().manual_seed(1))
+
+
+@pytest.fixture(scope="module")
+def their_folder(transformers, tmp_path_factory):
+    """What transformers and tokenizers write: random weights, and a vocabulary of GPT-2's kind."""
+    import tokenizers
+
+    folder = tmp_path_factory.mktemp("gpt2")
+    tokenizer = tokenizers.ByteLevelBPETokenizer()
+    tokenizer.train_from_iterator(data.stories(50, seed=0) + ODD, 400, show_progress=False)
+    tokenizer.save_model(str(folder))
+    vocab = json.loads((folder / "vocab.json").read_text(encoding="utf-8"))
+    (folder / "vocab.json").write_text(json.dumps(vocab | {data.END: len(vocab)}))
+    config = transformers.GPT2Config(
+        vocab_size=len(vocab) + 1, n_positions=32, n_embd=24, n_layer=3, n_head=4
+    )
+    randomise(transformers.GPT2LMHeadModel(config)).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def folder(their_folder, tmp_path):
+    """A copy of it, to spoil."""
+    return shutil.copytree(their_folder, tmp_path / "gpt2")
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    """A model of the village's, and the file that it is in."""
+    path = tmp_path_factory.mktemp("ours") / "model.pt"
+    tokenizer = data.train_tokenizer(data.every_word(), data.VOCAB_SIZE)
+    config = gpt.GPTConfig(tokenizer.n_vocab, 40, n_layer=3, n_head=4, n_embd=24)
+    model = randomise(gpt.GPT(config))
+    gpt.save(path, model, tokenizer=data.tokenizer_state(tokenizer))
+    return path, model, tokenizer
+
+
+@pytest.fixture
+def run(monkeypatch):
+    """-> a function: gpt2.py, given its arguments."""
+
+    def call(*arguments):
+        monkeypatch.setattr(sys, "argv", ["gpt2.py", *map(str, arguments)])
+        gpt2.main()
+
+    return call
+
+
+# --- Import ---------------------------------------------------------------------------------------
+
+
+def test_an_imported_model_has_the_logits_that_transformers_computes(
+    transformers, their_folder, tmp_path, run
+):
+    run("import", their_folder, tmp_path / "new" / "gpt2.pt")  # the folder is made
+    model, _ = gpt.load(tmp_path / "new" / "gpt2.pt")
+    theirs = transformers.GPT2LMHeadModel.from_pretrained(their_folder).eval()
+    ids = some_ids(model.config.vocab_size)
+    with torch.no_grad():
+        torch.testing.assert_close(model(ids), theirs(ids).logits, rtol=1e-5, atol=1e-5)
+    assert [file.name for file in (tmp_path / "new").iterdir()] == ["gpt2.pt"]
+
+
+def test_an_imported_tokenizer_gives_gpt2s_ids(transformers, their_folder, tmp_path, run, texts):
+    run("import", their_folder, tmp_path / "gpt2.pt")
+    _, state = gpt.load(tmp_path / "gpt2.pt")
+    ours = data.build_tokenizer(**state["tokenizer"])
+    theirs = transformers.GPT2TokenizerFast.from_pretrained(their_folder)
+    for text in texts:
+        assert ours.encode_ordinary(text) == theirs.encode(text), text
+        assert ours.decode(ours.encode_ordinary(text)) == text
+    assert ours.eot_token == theirs.eos_token_id
+
+
+def test_old_files_have_masks_a_second_head_and_no_prefix(their_folder, folder, tmp_path, run):
+    from safetensors.torch import load_file, save_file
+
+    tensors = load_file(folder / "model.safetensors")
+    bare = {name.removeprefix("transformer."): tensor for name, tensor in tensors.items()}
+    assert {*bare} != {*tensors}
+    bare["lm_head.weight"] = bare["wte.weight"].clone()
+    for i in range(3):
+        bare[f"h.{i}.attn.bias"] = torch.ones(1, 1, 32, 32).tril()
+        bare[f"h.{i}.attn.masked_bias"] = torch.tensor(-1e4)
+    save_file(bare, folder / "model.safetensors")
+    run("import", their_folder, tmp_path / "new.pt")
+    run("import", folder, tmp_path / "old.pt")
+    (new, _), (old, _) = (gpt.load(tmp_path / name) for name in ("new.pt", "old.pt"))
+    for weight, other in zip(new.parameters(), old.parameters(), strict=True):
+        assert torch.equal(weight, other)
+
+
+def test_a_vocabulary_that_has_changed_on_disk_is_read_anew(folder, tmp_path, run):
+    """tiktoken's loader keeps copies of files by the name of their path."""
+    run("import", folder, tmp_path / "first.pt")
+    lines = (folder / "merges.txt").read_text(encoding="utf-8").splitlines()
+    (folder / "merges.txt").write_text("\n".join(lines[:-1] + [""]), encoding="utf-8")
+    with pytest.raises(SystemExit, match="the ids are not the order of merges.txt"):
+        run("import", folder, tmp_path / "second.pt")
+
+
+# --- Export ---------------------------------------------------------------------------------------
+
+
+def test_an_exported_model_has_our_logits_in_transformers(transformers, checkpoint, tmp_path, run):
+    path, model, _ = checkpoint
+    run("export", path, tmp_path / "new" / "folder")
+    theirs = transformers.GPT2LMHeadModel.from_pretrained(tmp_path / "new" / "folder").eval()
+    ids = some_ids(model.config.vocab_size)
+    with torch.no_grad():
+        torch.testing.assert_close(model(ids), theirs(ids).logits, rtol=1e-5, atol=1e-5)
+    assert [file.name for file in (tmp_path / "new").iterdir()] == ["folder"]
+    dropouts = theirs.config.embd_pdrop, theirs.config.attn_pdrop, theirs.config.resid_pdrop
+    assert dropouts == (0, 0, 0)
+
+
+@pytest.mark.parametrize("kind", ["village", "gpt2"])
+def test_an_exported_tokenizer_gives_our_ids(
+    transformers, checkpoint, their_folder, tmp_path, run, texts, kind
+):
+    path = checkpoint[0]
+    if kind == "gpt2":
+        run("import", their_folder, path := tmp_path / "gpt2.pt")
+    ours = data.build_tokenizer(**gpt.load(path)[1]["tokenizer"])
+    run("export", path, tmp_path / "folder")
+    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path / "folder")
+    for text in texts:
+        assert ours.encode_ordinary(text) == theirs.encode(text), text
+        assert theirs.decode(theirs.encode(text)) == text
+    assert len(theirs) == ours.n_vocab
+    assert ours.eot_token == theirs.eos_token_id == theirs.encode(data.END)[0]
+
+
+def test_words_end_where_ours_do(transformers, tmp_path, run):
+    """Merges over the border of a word happen only where it is none. To the regular expressions of
+    transformers ² and ½ belong to words, and the joiners of emoji do not; to tiktoken's, inversely.
+    """
+    odd = ["²", "³", "¹", "¼", "½", "¾", "\u200c", "\u200d", *"ⅧⒶ_é漢٣!-\u00ad\u0301"]
+    tokens = dict.fromkeys(bytes([i]).decode("latin-1") for i in range(256))
+    spelled = [("a" + letter).encode().decode("latin-1") for letter in odd]
+    tokens |= dict.fromkeys(text[:i] for i in (2, 3, 4) for text in spelled)
+    ours = data.build_tokenizer([*tokens])
+    model = gpt.GPT(gpt.GPTConfig(ours.n_vocab, 8, n_layer=1, n_head=1, n_embd=8))
+    gpt.save(tmp_path / "odd.pt", model, tokenizer=data.tokenizer_state(ours))
+    run("export", tmp_path / "odd.pt", tmp_path / "folder")
+    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path / "folder")
+    assert len({len(ours.encode_ordinary("a" + letter)) for letter in "½Ⅷ"}) == 2
+    for letter in odd:
+        assert ours.encode_ordinary("a" + letter) == theirs.encode("a" + letter), letter
+
+
+def test_generation_in_transformers_ends_where_ours_does(transformers, checkpoint, tmp_path, run):
+    path, model, tokenizer = checkpoint
+    end, prompts = tokenizer.eot_token, [[i] for i in range(60)]
+    replies = model.generate(prompts, end, 30, temperature=0)
+    run("export", path, tmp_path / "folder")
+    theirs = transformers.GPT2LMHeadModel.from_pretrained(tmp_path / "folder")
+    for prompt, reply in zip(prompts, replies):
+        ids = torch.tensor([prompt])
+        full = theirs.generate(ids, attention_mask=ids**0, max_new_tokens=30, do_sample=False)
+        assert full[0].tolist() == prompt + reply
+
+
+@pytest.mark.parametrize("kind", ["village", "gpt2"])
+def test_out_through_transformers_and_in_again_is_the_same_to_the_bit(
+    transformers, checkpoint, their_folder, tmp_path, run, kind
+):
+    path = checkpoint[0]
+    if kind == "gpt2":
+        run("import", their_folder, path := tmp_path / "gpt2.pt")
+    run("export", path, tmp_path / "out")
+    shutil.copytree(tmp_path / "out", tmp_path / "back")
+    os.remove(tmp_path / "back" / "model.safetensors")
+    transformers.GPT2LMHeadModel.from_pretrained(tmp_path / "out").save_pretrained(
+        tmp_path / "back"
+    )
+    run("import", tmp_path / "back", tmp_path / "back.pt")
+    (model, state), (again, state_again) = gpt.load(path), gpt.load(tmp_path / "back.pt")
+    assert state["tokenizer"] == state_again["tokenizer"] and model.config == again.config
+    for weight, other in zip(model.parameters(), again.parameters(), strict=True):
+        assert torch.equal(weight, other)
+
+
+# --- Mistakes -------------------------------------------------------------------------------------
+
+
+def refusal(run, *arguments):
+    with pytest.raises(SystemExit) as error:
+        run(*arguments)
+    assert "\n" not in str(error.value)
+    return str(error.value)
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"model_type": "llama"}, "model_type is llama, but model.py has only gpt2"),
+        ({"activation_function": "gelu"}, "activation_function is gelu, but model.py has only"),
+        ({"layer_norm_epsilon": 1e-6}, "layer_norm_epsilon is 1e-06"),
+        ({"scale_attn_weights": False}, "scale_attn_weights is False"),
+        ({"scale_attn_by_inverse_layer_idx": True}, "scale_attn_by_inverse_layer_idx is True"),
+        ({"reorder_and_upcast_attn": True}, "reorder_and_upcast_attn is True"),
+        ({"add_cross_attention": True}, "add_cross_attention is True"),
+        ({"tie_word_embeddings": False}, "tie_word_embeddings is False"),
+        ({"n_inner": 95}, "n_inner is 95, but model.py has only 4 n_embd"),
+        ({"n_head": 5}, "n_embd 24 is no multiple of n_head 5"),
+        ({"n_layer": None}, "n_layer must be a positive integer, not None"),
+        ({"n_positions": "32"}, "n_positions must be a positive integer, not 32"),
+        ({"n_embd": 48}, "wte.weight has the shape"),
+        ({"n_layer": 4}, "there is no h.3.ln_1.weight"),
+        ({"n_layer": 2}, "model.py has no place for h.2.attn.c_attn.bias"),
+        ({"vocab_size": 402}, "config.json's vocab_size is 402, but vocab.json has 400 tokens"),
+    ],
+)
+def test_another_model_is_refused_by_name(folder, run, change, message):
+    path = folder / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | change))
+    assert message in refusal(run, "import", folder, folder / "gpt2.pt")
+    assert not (folder / "gpt2.pt").exists()
+
+
+@pytest.mark.parametrize("n_inner", [None, 96])
+def test_four_times_the_width_may_be_said_or_left_unsaid(folder, run, n_inner):
+    path = folder / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"n_inner": n_inner}))
+    run("import", folder, folder / "gpt2.pt")
+
+
+@pytest.mark.parametrize("name", ["config.json", "model.safetensors", "vocab.json", "merges.txt"])
+def test_a_missing_file_is_named(folder, run, name):
+    (folder / name).unlink()
+    message = refusal(run, "import", folder, folder / "gpt2.pt")
+    assert message.startswith(f"cannot read {folder / name}: ")
+
+
+@pytest.mark.parametrize(
+    "name, message",
+    [
+        ("config.json", "config.json is no JSON object"),
+        ("model.safetensors", "model.safetensors is cut short"),
+        ("vocab.json", "vocab.json is no JSON object"),
+        ("merges.txt", "the ids are not the order of merges.txt"),
+    ],
+)
+def test_a_file_cut_short_is_named(folder, run, name, message):
+    (folder / name).write_bytes((folder / name).read_bytes()[:-100])
+    assert message in refusal(run, "import", folder, folder / "gpt2.pt")
+
+
+@pytest.mark.parametrize(
+    "case", ["swapped", "gap", "text", "end first", "one more", "no end", "odd"]
+)
+def test_ids_that_are_not_the_merges_order_are_refused(folder, run, case):
+    path = folder / "vocab.json"
+    vocab = json.loads(path.read_text())
+    tokens = [*vocab]
+    if case == "swapped":
+        vocab[tokens[300]], vocab[tokens[301]] = 301, 300
+    elif case == "gap":  # between the bytes, which may stand in any order, but not anywhere
+        vocab[tokens[255]] = 500
+    elif case == "text":
+        vocab[tokens[0]] = "0"
+    elif case == "end first":
+        vocab = {data.END: 0} | {t: i + 1 for t, i in vocab.items() if t != data.END}
+    elif case == "one more":
+        vocab["zzz"] = 401
+    elif case == "no end":
+        del vocab[data.END]
+    else:
+        vocab["漢"] = vocab.pop(tokens[300])  # no letter of GPT-2's alphabet of bytes
+    path.write_text(json.dumps(vocab))
+    message = refusal(run, "import", folder, folder / "gpt2.pt")
+    assert ("must be the last token" if case == "no end" else "ids are not the order") in message
+
+
+def test_a_pattern_that_tiktoken_cannot_read_is_refused(folder, run):
+    split = {"type": "Split", "pattern": {"Regex": "(("}}
+    whole = {"pre_tokenizer": {"type": "Sequence", "pretokenizers": [split]}}
+    (folder / "tokenizer.json").write_text(json.dumps(whole))
+    message = refusal(run, "import", folder, folder / "gpt2.pt")
+    assert "tokenizer.json: its pre_tokenizer's pattern is none" in message
+
+
+def test_a_head_of_its_own_and_a_tensor_too_many_are_refused(folder, run):
+    from safetensors.torch import load_file, save_file
+
+    path = folder / "model.safetensors"
+    tensors = load_file(path)
+    save_file(tensors | {"lm_head.weight": tensors["transformer.wte.weight"] + 1}, path)
+    assert "lm_head.weight is not wte.weight" in refusal(run, "import", folder, folder / "g.pt")
+    save_file(tensors | {"score.weight": torch.zeros(2, 24)}, path)
+    assert "has no place for score.weight" in refusal(run, "import", folder, folder / "g.pt")
+
+
+def test_export_never_touches_a_folder_with_something_in_it(
+    transformers, checkpoint, tmp_path, run
+):
+    (tmp_path / "empty").mkdir()
+    run("export", checkpoint[0], tmp_path / "empty")  # an empty one is fine
+    before = sorted((tmp_path / "empty").iterdir())
+    (tmp_path / "file").write_text("mine")
+    for name in ("empty", "file"):
+        message = refusal(run, "export", checkpoint[0], tmp_path / name)
+        assert "exists and is not an empty folder: name another" in message
+    assert sorted((tmp_path / "empty").iterdir()) == before
+    assert (tmp_path / "file").read_text() == "mine"
+
+
+def test_a_full_disk_leaves_no_half_a_folder(transformers, checkpoint, tmp_path, run, monkeypatch):
+    def full(path, content, write=Path.write_bytes):
+        if path.name == "tokenizer.json":
+            raise OSError(28, "No space left on device")
+        write(path, content)
+
+    monkeypatch.setattr(Path, "write_bytes", full)
+    message = refusal(run, "export", checkpoint[0], tmp_path / "folder")
+    assert message == f"cannot write {tmp_path / 'folder'}: No space left on device"
+    assert not (tmp_path / "folder").exists()
+
+
+def test_no_place_to_write_to_is_named(transformers, folder, checkpoint, tmp_path, run):
+    (tmp_path / "file").write_text("")
+    for arguments in (("import", folder), ("export", checkpoint[0])):
+        message = refusal(run, *arguments, tmp_path / "file" / "x" / "y")
+        assert message.startswith(f"cannot write {tmp_path / 'file' / 'x' / 'y'}: ")
+
+
+def test_without_safetensors_one_line_says_how_to_get_it(checkpoint, tmp_path, run, monkeypatch):
+    monkeypatch.setitem(sys.modules, "safetensors", None)
+    message = refusal(run, "export", checkpoint[0], tmp_path / "folder")
+    assert message == "safetensors is missing: pip install -r requirements-peers.txt"
+    assert not (tmp_path / "folder").exists()
+
+
+@pytest.mark.parametrize("arguments", [[], ["import"], ["export", "a", "b", "c"], ["inport", "a"]])
+def test_usage(run, arguments):
+    assert refusal(run, *arguments) == gpt2.USAGE
+
+
+def test_a_missing_checkpoint_is_named(run, tmp_path):
+    assert "there is no nowhere.pt" in refusal(run, "export", "nowhere.pt", tmp_path / "folder")

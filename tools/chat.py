@@ -1,0 +1,114 @@
+"""Talk to a checkpoint, or to several side by side.
+
+    python tools/chat.py out/dpo.pt "What does Mara do for work?"
+    python tools/chat.py out/dpo.pt              ask on, until an empty line, Ctrl-D or Ctrl-C
+    python tools/chat.py out/sft.pt out/dpo.pt   what ends in .pt is a checkpoint, the rest is asked
+
+An answer is a sample, as everywhere else in this repository: --temperature 1 is the policy itself,
+0 its likeliest token every time. All checkpoints meet the same chances (--seed). In front of an
+answer to a question of the village stands its true reward.
+"""
+
+import argparse
+import math
+import os
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).parent.parent))  # run from anywhere
+import data
+import train_dpo
+
+
+def refuse(message):
+    raise SystemExit(f"chat.py: {message}")
+
+
+def read_arguments():
+    """-> the flags, with `checkpoints` and `question`, None where there is none."""
+    parser = argparse.ArgumentParser(prog="chat.py", allow_abbrev=False)
+    parser.error = refuse
+    parser.add_argument("words", nargs="*", metavar="CHECKPOINT.pt ... [QUESTION]")
+    parser.add_argument("--temperature", type=float, default=1.0)
+    parser.add_argument("--max-new-tokens", type=int, default=24)
+    parser.add_argument("--seed", type=int, default=0)
+    flags = parser.parse_intermixed_args()
+    if flags.temperature != 0 and not 0.01 <= flags.temperature < math.inf:
+        refuse(f"--temperature must be 0, or 0.01 or more, not {flags.temperature}")
+    if flags.max_new_tokens < 1:
+        refuse(f"--max-new-tokens must be positive, not {flags.max_new_tokens}")
+    if not 0 <= flags.seed < 2**63:
+        refuse(f"--seed must be from 0 to 2^63 - 1, not {flags.seed}")
+    flags.checkpoints = [word for word in flags.words if word.endswith(".pt")]
+    asked = [word for word in flags.words if not word.endswith(".pt")]
+    flags.question = " ".join(asked).strip() if asked else None
+    if not flags.checkpoints:
+        refuse("name a checkpoint, say out/dpo.pt")
+    if flags.question == "":
+        refuse("the question is empty")
+    return flags
+
+
+def load(path):
+    """-> (model, tokenizer) from a checkpoint of ours, whichever script wrote it."""
+    if not os.path.exists(path):
+        raise SystemExit(f"there is no {path}: train_sft.py writes sft.pt, train_dpo.py dpo.pt")
+    return train_dpo.load_checkpoint(SimpleNamespace(init=path), "cpu")
+
+
+def answer(model, tokenizer, generator, question, flags):
+    """A response as a line, its true reward in front. Raises ValueError where it does not fit."""
+    prompt, end = tokenizer.encode_ordinary(question), tokenizer.eot_token
+    limits = flags.max_new_tokens, flags.temperature
+    (reply,) = model.generate([prompt], end, *limits, generator=generator)
+    cut_off = reply[-1] != end
+    text = tokenizer.decode(reply if cut_off else reply[:-1])
+    line = text.strip() + " (cut off)" * cut_off
+    if question not in data.QUESTIONS:
+        return line
+    score = data.UNPARSED if cut_off else data.reward(question, text)
+    return f"{score:+.0f}  {line}"
+
+
+def speak(speakers, question, flags):
+    """Print what every checkpoint answers. Raises ValueError where one of them cannot."""
+    width = max(map(len, speakers)) + 2 if len(speakers) > 1 else 0
+    for path, speaker in speakers.items():
+        try:
+            line = answer(*speaker, question, flags)
+        except (ValueError, FloatingPointError) as error:
+            raise ValueError(f"{path} cannot answer: {error}")
+        print(f"{path:{width}}{line}" if width else line)
+
+
+def converse(speakers, flags):
+    """Question after question; one that does not fit is no reason to stop."""
+    sys.stdin.reconfigure(errors="replace")
+    while question := input("> ").strip():
+        try:
+            speak(speakers, question, flags)
+        except ValueError as error:
+            print(error)
+
+
+def main():
+    flags, speakers = read_arguments(), {}
+    for path in flags.checkpoints:
+        generator = torch.Generator().manual_seed(flags.seed)
+        speakers[path] = *load(path), generator
+    if flags.question is None:
+        return converse(speakers, flags)
+    try:
+        speak(speakers, flags.question, flags)
+    except ValueError as error:
+        raise SystemExit(str(error))
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except (EOFError, KeyboardInterrupt):
+        print()
