@@ -12,7 +12,11 @@ lint: .venv/installed-dev
 	.venv/bin/ruff format --check .
 
 test-peers: .venv/installed-peers
-	.venv/bin/python -m pytest tests/test_gpt2.py tests/test_peers.py
+	.venv/bin/python -m pytest tests/test_gpt2.py tests/test_peers.py tests/test_properties.py
+
+mutants: .venv/installed-peers
+	.venv/bin/mutmut run
+	.venv/bin/mutmut results
 
 RUNS ?= out
 
@@ -35,4 +39,4 @@ figures: .venv/installed-dev
 	.venv/bin/python -m pip install --quiet --disable-pip-version-check -r requirements-peers.txt
 	@touch $@
 
-.PHONY: run test lint test-peers figures
+.PHONY: run test lint test-peers mutants figures

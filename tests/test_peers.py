@@ -81,7 +81,8 @@ def our_steps(sft, pairs, config):
     how = ()
     if config.loss != "dpo":
         how = train_variant.pair_loss_fn(config), train_variant.at_the_reference(config)
-    return [*train_dpo.train(policy, dataset, config, tokenizer.eot_token, *how)], policy
+    optimizer, end = train_dpo.make_optimizer(policy, config), tokenizer.eot_token
+    return [*train_dpo.train(policy, optimizer, dataset, config, end, *how)], policy
 
 
 def their_trainer(trl, sft, pairs, config, settings, factor, folder):

@@ -26,6 +26,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))  # run from anywhere
 import data
 import model as gpt
 from tools.chat import load
+from train_sft import run_command
 
 USAGE = "gpt2.py: say `import FOLDER out/gpt2.pt` or `export out/dpo.pt FOLDER`"
 SIZES = {"vocab_size": "vocab_size", "block_size": "n_positions", "n_layer": "n_layer",
@@ -188,7 +189,7 @@ def import_folder(folder, path):
     try:
         Path(path).parent.mkdir(parents=True, exist_ok=True)
         gpt.save(path, model, tokenizer=data.tokenizer_state(tokenizer))
-    except (OSError, RuntimeError) as error:  # torch.save raises either
+    except OSError as error:
         raise SystemExit(f"cannot write {path}: {error}")
     print(f"wrote {path}: {sum(p.numel() for p in model.parameters()):,} parameters")
 
@@ -300,7 +301,4 @@ def main():
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except KeyboardInterrupt:
-        raise SystemExit("\ninterrupted; the files already written are whole")
+    run_command(main)
