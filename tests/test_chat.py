@@ -1,6 +1,7 @@
 """tools/chat.py: answers and their rewards, several checkpoints, the loop, mistakes."""
 
 import io
+import os
 import signal
 import subprocess
 import sys
@@ -120,7 +121,8 @@ def test_the_loop_goes_on_after_a_question_too_long_and_ends_with_an_empty_line(
 @pytest.mark.parametrize("typed", [b"", QUESTION.encode() + b"\n", b"\xff\n"])
 def test_the_loop_ends_cleanly_with_the_input(checkpoint, typed):
     command = [sys.executable, ROOT / "tools" / "chat.py", checkpoint("a.pt")]
-    done = subprocess.run(command, input=typed, capture_output=True)
+    strict = os.environ | {"PYTHONIOENCODING": "utf-8"}  # as on most desktops
+    done = subprocess.run(command, input=typed, capture_output=True, env=strict)
     assert done.returncode == 0 and done.stderr == b"" and done.stdout.endswith(b"> \n")
 
 
