@@ -90,9 +90,7 @@ def same_weights(*paths):
     return all(torch.equal(states[0][name], states[1][name]) for name in states[0])
 
 
-@pytest.mark.parametrize(
-    "moment, count", [("while writing", 3), ("before renaming", 6), ("in a step", 4)]
-)
+@pytest.mark.parametrize("moment, count", [("while writing", 3), ("in a step", 6)])
 def test_a_killed_dpo_run_resumes_to_the_same_bits(whole, tmp_path, monkeypatch, moment, count):
     flags = [f"--out={tmp_path}", f"--init={whole}/sft.pt", *ADAMW]
     kill(moment, count, "train_dpo", flags)
@@ -109,11 +107,9 @@ def test_a_killed_dpo_run_resumes_to_the_same_bits(whole, tmp_path, monkeypatch,
     assert "there is no" in refusal(monkeypatch, train_dpo, *flags, "--resume")
 
 
-@pytest.mark.parametrize(
-    "moment, count", [("in a step", 5), ("before renaming", 11), ("while writing", 14)]
-)
+@pytest.mark.parametrize("moment, count", [("in a step", 5), ("before renaming", 14)])
 def test_a_killed_sft_run_resumes_to_the_same_bits(whole, tmp_path, monkeypatch, moment, count):
-    """Ten saves a stage: of these moments one is in pretraining and two are in fine-tuning."""
+    """Ten saves a stage: one of these moments is in pretraining, one in fine-tuning."""
     flags = [f"--out={tmp_path}", *SFT]
     kill(moment, count, "train_sft", flags)
     run(monkeypatch, train_sft, *flags, "--resume")
@@ -147,17 +143,15 @@ def test_a_reference_that_has_changed_is_not_resumed(whole, tmp_path, monkeypatc
 
 
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs a device that is always full")
-@pytest.mark.parametrize("file", ["dpo.part.pt.tmp", "dpo.json.tmp"])
-def test_a_full_disk_ends_the_run_in_one_line(whole, tmp_path, file):
-    (tmp_path / file).symlink_to("/dev/full")
+def test_a_full_disk_ends_the_run_in_one_line(whole, tmp_path):
+    (tmp_path / "dpo.part.pt.tmp").symlink_to("/dev/full")
     (tmp_path / "dpo.pt").write_bytes(b"an earlier run's")
     flags = [f"--out={tmp_path}", f"--init={whole}/sft.pt", *DPO]
     command = [sys.executable, "train_dpo.py", *flags]
     run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert run.returncode == 1 and run.stderr.count("\n") == 1
-    assert "No space left" in run.stderr or "is the disk full?" in run.stderr
-    if file != "dpo.json.tmp":
-        assert (tmp_path / "dpo.pt").read_bytes() == b"an earlier run's"
+    assert "is the disk full?" in run.stderr
+    assert (tmp_path / "dpo.pt").read_bytes() == b"an earlier run's"
 
 
 class Bomb:

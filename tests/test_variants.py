@@ -288,11 +288,11 @@ def test_the_second_rounds_reference_is_the_first_rounds_policy(tokenizer, monke
     policy = copy.deepcopy(reference).requires_grad_(True)
     original = train_dpo.train
 
-    def spy(policy, dataset, *rest):
+    def spy(policy, optimizer, dataset, *rest):
         examples, given = dataset[0][0], dataset[1][0]
         live = [evaluate.response_logps(m, examples, 0) for m in (reference, policy)]
         seen.append([torch.allclose(given, logps, atol=1e-4) for logps in live])
-        return original(policy, dataset, *rest)
+        return original(policy, optimizer, dataset, *rest)
 
     monkeypatch.setattr(train_dpo, "train", spy)
     config = train_selfplay.Config(
