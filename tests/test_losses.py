@@ -309,8 +309,9 @@ def test_kto_reference_point_needs_two_pairs_to_mismatch(batch):
 
 def test_clipped_loss_by_hand():
     """Advantage 2 and −2 at ratios 1, 1.5, 0.5, clip 0.2: a gain stops at the edge, a loss not."""
-    old = torch.zeros(6, dtype=torch.float64)
-    new = torch.tensor([1, 1.5, 0.5, 1, 1.5, 0.5]).double().log().requires_grad_()
+    old = torch.full((6,), -1.7, dtype=torch.float64)
+    ratios = torch.tensor([1, 1.5, 0.5, 1, 1.5, 0.5]).double()
+    new = (old + ratios.log()).requires_grad_()
     advantages = torch.tensor([2.0, 2, 2, -2, -2, -2]).double()
     loss = losses.clipped_loss(new, old, advantages, 0.2)
     assert loss.tolist() == pytest.approx([-2, -2.4, -1, 2, 3, 1.6])
