@@ -199,6 +199,7 @@ def test_held_out_pairs_share_no_prompt_with_the_others():
     assert not {prompt for prompt, _ in held_out} & {prompt for prompt, _ in train}
     with pytest.raises(SystemExit, match=r"pairs.jsonl: one prompt is too few"):
         data.hold_out([("a", 1), ("a", 2)], "pairs.jsonl")
+    assert data.hold_out([("a", 1), ("b", 2)], "pairs.jsonl") == ([("a", 1)], [("b", 2)])
 
 
 def write_lines(path, rows):

@@ -100,3 +100,10 @@ def test_a_foreign_or_truncated_checkpoint_is_named(model, tmp_path, content):
         torch.save(content, path)
     with pytest.raises(ValueError, match="model.pt is not a whole checkpoint"):
         gpt.load(path)
+
+
+def test_a_sequence_may_fill_the_block_and_not_outgrow_it():
+    model = gpt.GPT(gpt.GPTConfig(vocab_size=5, block_size=6, n_layer=1, n_head=1, n_embd=4))
+    assert model(torch.zeros(1, 6, dtype=torch.int64)).shape == (1, 6, 5)
+    with pytest.raises(ValueError, match="7 tokens do not fit the block size of 6"):
+        model(torch.zeros(1, 7, dtype=torch.int64))
