@@ -437,9 +437,9 @@ def train_and_report(
     print(f"\nwrote {name}.pt, .jsonl and .json to {config.out}/; seconds: {seconds}")
 
 
-def resume(path, policy, optimizer, run):
+def resume(path, policy, optimizer, identity):
     """Take up the weights and the optimizer's state of an interrupted run -> its steps so far."""
-    _, state = last_state([path], run, policy.wte.weight.device)
+    _, state = last_state([path], identity, policy.wte.weight.device)
     policy.load_state_dict(state["weights"])
     optimizer.load_state_dict(state["optimizer"])
     print(f"resumed from {path}, step {state['step']}")
@@ -467,12 +467,12 @@ def align(name, models, config, prepare=prepare_pairs, loss_fn=loss_and_metrics,
     print("the first response, scored tokens marked:", data.paint(tokenizer, *dataset[0][0][0]))
     optimizer, done = make_optimizer(policy, config), 0
     sums = [weights.double().sum().item() for weights in reference.state_dict().values()]
-    run = identify(config, dataset[0], sums)
+    identity = identify(config, dataset[0], sums)
     if config.resume:
-        done = resume(f"{config.out}/{name}.part.pt", policy, optimizer, run)
+        done = resume(f"{config.out}/{name}.part.pt", policy, optimizer, identity)
 
     def progress(step):
-        return {"run": run, "step": step, "optimizer": optimizer.state_dict()}
+        return {"run": identity, "step": step, "optimizer": optimizer.state_dict()}
 
     end = tokenizer.eot_token
     training = train(policy, optimizer, dataset, config, end, loss_fn, first_loss, done)

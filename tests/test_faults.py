@@ -21,7 +21,7 @@ DPO = "--num-pairs=48 --batch-size=8 --epochs=4 --eval-questions=2 --eval-sample
 ADAMW = [*DPO, "--optimizer=adamw", "--lr=1e-3"]
 
 # A script in a process that kills itself, at a MOMENT of the COUNT-th time that a state is saved:
-# a file half written, a whole one not yet renamed, a step after the last save.
+# a file half written, a whole one not yet renamed or just so, a step after the last save.
 DYING = """
 import importlib, os, signal, sys
 import model as gpt
@@ -41,6 +41,8 @@ def dying_replace(source, target):
     if moment == "before renaming" and saves == count and ".part." in target:
         die()
     replace(source, target)
+    if moment == "after renaming" and saves == count and ".part." in target:
+        die()
 gpt.torch.save, os.replace = dying_save, dying_replace
 step = gpt.GPT.forward
 def dying_forward(self, ids):
@@ -90,7 +92,9 @@ def same_weights(*paths):
     return all(torch.equal(states[0][name], states[1][name]) for name in states[0])
 
 
-@pytest.mark.parametrize("moment, count", [("while writing", 3), ("in a step", 6)])
+@pytest.mark.parametrize(
+    "moment, count", [("while writing", 3), ("after renaming", 5), ("in a step", 6)]
+)
 def test_a_killed_dpo_run_resumes_to_the_same_bits(whole, tmp_path, monkeypatch, moment, count):
     flags = [f"--out={tmp_path}", f"--init={whole}/sft.pt", *ADAMW]
     kill(moment, count, "train_dpo", flags)
