@@ -14,8 +14,9 @@ import dpo
 
 
 def progress(items, label, total=None):
-    """A tqdm bar on a terminal, silence in a file."""
-    return tqdm(items, label, total, leave=False, disable=not sys.stderr.isatty())
+    """A tqdm bar on a terminal; silence in a file, or without a label."""
+    silent = not (label and sys.stderr.isatty())
+    return tqdm(items, label, total, leave=False, disable=silent)
 
 
 def sample_responses(model, tokenizer, prompts, config, label, generator=None):
@@ -23,36 +24,51 @@ def sample_responses(model, tokenizer, prompts, config, label, generator=None):
 
     Without a generator, one starts from config.seed, so that two policies meet the same chances.
     """
-    end, examples, texts = tokenizer.eot_token, [], []
+    end, limit, examples, texts = tokenizer.eot_token, config.max_new_tokens, [], []
     if generator is None:
         generator = torch.Generator(model.wte.weight.device).manual_seed(config.seed)
-    for start in progress(range(0, len(prompts), 1024), label):
-        chunk = [tokenizer.encode_ordinary(prompt) for prompt in prompts[start : start + 1024]]
-        limit = config.max_new_tokens
+    kept = 2 * model.config.n_layer * model.config.n_embd * model.config.block_size
+    rows = max(1, min(512, 2**28 // kept))  # k and v of no more than a gigabyte
+    for start in progress(range(0, len(prompts), rows), label):
+        chunk = [tokenizer.encode_ordinary(prompt) for prompt in prompts[start : start + rows]]
         for prompt, reply in zip(chunk, model.generate(chunk, end, limit, generator=generator)):
             examples.append(data.join_ids(prompt, reply))
             texts.append(tokenizer.decode(reply[:-1]) if reply[-1] == end else None)
     return examples, texts
 
 
-@torch.no_grad()
-def response_logps(model, examples, pad, label="log-probabilities"):
-    """log π(y|x) of (ids, mask) examples, in batches of like length -> (N,), on the CPU."""
+def response_logps(model, examples, pad, label=""):
+    """log π(y|x) of (ids, mask) examples -> (N,), with a gradient, on the model's device.
+
+    They pass the model in parts of like length, since padding is work too; a CPU is fastest with
+    few rows, which fit its cache. The last projection is computed where tokens are scored.
+    """
     device = model.wte.weight.device
     order = sorted(range(len(examples)), key=lambda i: len(examples[i][0]))
-    logps = torch.empty(len(examples))
-    for start in progress(range(0, len(order), 512), label):
-        rows = order[start : start + 512]
-        ids, mask = (t.to(device) for t in data.collate([examples[i] for i in rows], pad))
-        logps[rows] = dpo.sequence_logps(model(ids), ids, mask).cpu()
-    return logps
+    longest = len(examples[order[-1]][0])
+    logits_of_a_row = longest * model.config.vocab_size
+    rows = max(1, min(32 if device.type == "cpu" else 512, 2**26 // logits_of_a_row))
+    logps = []
+    for start in progress(range(0, len(order), rows), label):
+        ids, mask = data.collate([examples[i] for i in order[start : start + rows]], pad)
+        first = mask.int().argmax(dim=1).min().item() - 1  # predicts the first token scored
+        ids, mask = ids.to(device), mask.to(device)
+        logits = model(ids, first)  # (rows, T - first, V)
+        logps.append(dpo.sequence_logps(logits, ids[:, first:], mask[:, first:]))
+    return torch.cat(logps)[torch.tensor(order, device=device).argsort()]
+
+
+@torch.no_grad()
+def known_logps(model, examples, pad, label="log-probabilities"):
+    """response_logps() as plain numbers (N,), on the CPU."""
+    return response_logps(model, examples, pad, label).cpu()
 
 
 def fresh_samples(policy, reference, tokenizer, prompts, config):
     """One new sample a prompt -> texts, and log π_θ/π_ref (N,), whose mean is the KL divergence."""
     examples, texts = sample_responses(policy, tokenizer, prompts, config, "fresh samples")
     policy_logps, ref_logps = (
-        response_logps(model, examples, tokenizer.eot_token) for model in (policy, reference)
+        known_logps(model, examples, tokenizer.eot_token) for model in (policy, reference)
     )
     return texts, policy_logps - ref_logps
 
@@ -70,7 +86,7 @@ def exact_distribution(model, tokenizer, questions):
     -> log π(y|x) and true rewards, each (Q, N + 1) float64; a row's probabilities sum to one.
     """
     examples = [data.encode(tokenizer, q, r) for q in questions for r in data.responses(q)]
-    logps = response_logps(model, examples, tokenizer.eot_token, "every response").double()
+    logps = known_logps(model, examples, tokenizer.eot_token, "every response").double()
     logps = logps.view(len(questions), -1)  # (Q, N)
     rest = 1 - logps.exp().sum(dim=1, keepdim=True)  # (Q, 1)
     logps = torch.cat([logps, rest.clamp(min=1e-12).log()], dim=1)  # (Q, N + 1)

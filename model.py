@@ -37,8 +37,9 @@ class CausalSelfAttention(nn.Module):
         heads = self.qkv(x).view(B, T, 3, self.n_head, C // self.n_head)
         q, k, v = heads.permute(2, 0, 3, 1, 4)  # each (B, H, T, D)
         if cache is not None:  # generate() feeds only new tokens: the old ones' k and v are kept
-            k = cache["k"] = torch.cat([cache["k"], k], dim=2)
-            v = cache["v"] = torch.cat([cache["v"], v], dim=2)
+            so_far = mask.shape[-1]
+            cache[:, :, :, so_far - T : so_far] = torch.stack([k, v])  # (2, B, H, longest, D)
+            k, v = cache[:, :, :, :so_far]
         y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None)
         return self.proj(y.transpose(1, 2).reshape(B, T, C))  # (B, T, C)
 
@@ -93,9 +94,9 @@ class GPT(nn.Module):
             x = block(x, mask, caches[i] if caches else None)
         return self.ln_f(x)  # (B, T, C)
 
-    def forward(self, ids):
-        """ids (B, T) -> logits (B, T, V) at every position: [:, t] predicts token t + 1."""
-        return self.lm_head(self.hidden(ids))
+    def forward(self, ids, first=0):
+        """ids (B, T) -> logits (B, T - first, V): [:, t] predicts token first + t + 1."""
+        return self.lm_head(self.hidden(ids)[:, first:])
 
     @torch.no_grad()
     def generate(self, prompts, end, max_new_tokens, temperature=1.0, generator=None):
@@ -116,25 +117,26 @@ class GPT(nn.Module):
         causal = torch.ones(longest, longest, dtype=torch.bool, device=ids.device).tril()
         mask = causal & real[:, None, :]  # (B, T, T)
         mask |= torch.eye(longest, dtype=torch.bool, device=ids.device)  # an empty softmax is NaN
-        empty = self.wte.weight.new_empty(
-            len(prompts), self.config.n_head, 0, self.config.n_embd // self.config.n_head
-        )
-        caches = [{"k": empty, "v": empty} for _ in self.blocks]
+        heads, width = self.config.n_head, self.config.n_embd // self.config.n_head
+        room = 2, len(prompts), heads, longest + max_new_tokens, width
+        caches = [self.wte.weight.new_empty(room) for _ in self.blocks]
         responses = [[] for _ in prompts]
-        rows = list(range(len(prompts)))  # which prompts are still being answered
+        rows = torch.arange(len(prompts), device=ids.device)  # whose response a row is
+        alive = torch.ones_like(rows, dtype=torch.bool)  # not finished
         mask = mask[:, None]  # (B, 1, T, T): the same for all heads
         for _ in range(max_new_tokens):
-            logits = self.lm_head(self.hidden(ids, positions, mask, caches)[:, -1])  # (B, V)
-            ids = sample(logits, temperature, generator)  # (B, 1)
-            for row, token in zip(rows, ids[:, 0].tolist()):
+            hidden = self.hidden(ids, positions, mask, caches)[alive, -1]  # (those alive, C)
+            ids = ids.new_full((len(rows), 1), end)  # (B, 1)
+            ids[alive] = sample(self.lm_head(hidden), temperature, generator)
+            for row, token in zip(rows[alive].tolist(), ids[alive, 0].tolist()):
                 responses[row].append(token)
-            open_rows = (ids[:, 0] != end).nonzero()[:, 0]
-            if len(open_rows) < len(rows):  # drop finished rows, and with them their work
-                rows = [rows[i] for i in open_rows.tolist()]
-                ids, real, positions = ids[open_rows], real[open_rows], positions[open_rows]
-                caches = [{name: kept[open_rows] for name, kept in c.items()} for c in caches]
-            if not rows:
+            alive = ids[:, 0] != end
+            if not alive.any():
                 break
+            if 2 * alive.sum() <= len(rows):  # drop the finished ones: this copies the caches
+                rows, ids, real, positions = (t[alive] for t in (rows, ids, real, positions))
+                caches = [cache[:, alive] for cache in caches]
+                alive = alive[alive]
             real = torch.cat([real, torch.ones_like(real[:, :1])], dim=1)  # (B, T so far)
             mask = real[:, None, None]  # (B, 1, 1, T so far): a new token sees every real one
             positions = positions[:, -1:] + 1  # (B, 1)
@@ -158,7 +160,10 @@ def sample(logits, temperature, generator=None):
         return logits.argmax(dim=-1, keepdim=True)
     if logits.dtype != torch.float64:
         logits = logits.float()
-    return torch.multinomial(F.softmax(logits / temperature, dim=-1), 1, generator=generator)
+    cumulative = F.softmax(logits / temperature, dim=-1).cumsum(dim=-1)  # (B, V)
+    # The token at which it passes a uniform number: torch.multinomial draws V numbers for that.
+    chance = torch.rand(len(logits), 1, generator=generator, device=logits.device)
+    return (cumulative[:, :-1] <= chance).sum(dim=-1, keepdim=True)
 
 
 def save(path, model, **extra):

@@ -62,6 +62,7 @@ class Config(RunConfig):
     momentum: float = 0.9  # of sgd
     epochs: int = 1
     batch_size: int = 64  # pairs a step
+    grad_accum: int = 1  # backward passes a step, each of as many of its pairs: takes less memory
 
 
 def load_checkpoint(config, device):
@@ -180,7 +181,7 @@ def prepare_pairs(reference, tokenizer, pairs):
             "thumbs up and down make no pairs: python variants/train_variant.py --loss kto"
         )
     sides = encode_sides(tokenizer, pairs)
-    return sides, [evaluate.response_logps(reference, side, tokenizer.eot_token) for side in sides]
+    return sides, [evaluate.known_logps(reference, side, tokenizer.eot_token) for side in sides]
 
 
 # --------------------------------------------------------------------------------------------------
@@ -211,30 +212,34 @@ def loss_and_metrics(policy_logps, lengths, ref_chosen_logps, ref_rejected_logps
     }
 
 
-def descend(loss, model, optimizer):
-    """Backward, and one step of the optimizer -> the norm of the gradient."""
-    optimizer.zero_grad(set_to_none=True)
-    loss.backward()
+def take_step(loss, model, optimizer):
+    """One step of the optimizer, after backward(), to gradients of None -> the gradient's norm."""
     grad_norm = torch.nn.utils.get_total_norm([p.grad for p in model.parameters()])
     if not (loss + grad_norm).isfinite():
         raise FloatingPointError(f"loss {loss.item()}, norm of its gradient {grad_norm.item()}")
     optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
     return grad_norm
 
 
-def train_step(policy, optimizer, batch, beta, loss_fn=loss_and_metrics):
+def train_step(policy, optimizer, sides, given, pad, beta, loss_fn=loss_and_metrics, grad_accum=1):
     """One step down Eq. 7 -> metrics.
 
-    batch: ids and mask (2B, T), the chosen rows before the rejected; then the reference's
-    log-probabilities of the chosen and of the rejected responses, (B,) each.
+    sides: (chosen, rejected), each B examples (ids, mask). given: the reference's log-probabilities
+    of either, (B,) each.
     """
-    ids, mask, *given = batch
-    logits = policy(ids)  # (2B, T, V)
-    policy_logps = dpo.sequence_logps(logits, ids, mask)  # (2B,)
-    losses, metrics = loss_fn(policy_logps, mask.sum(dim=1), *given, beta)
-    loss = losses.mean()
-    grad_norm = descend(loss, policy, optimizer)
-    return {"loss": loss.detach(), **metrics, "grad_norm": grad_norm}
+    parts = []
+    for k in range(grad_accum):
+        examples = [example for side in sides for example in side[k::grad_accum]]
+        policy_logps = evaluate.response_logps(policy, examples, pad)  # (2B / grad_accum,)
+        lengths = torch.tensor([sum(mask) for _, mask in examples], device=policy_logps.device)
+        known = [tensor[k::grad_accum].to(policy_logps.device) for tensor in given]
+        losses, metrics = loss_fn(policy_logps, lengths, *known, beta)
+        loss = losses.mean() / grad_accum
+        loss.backward()
+        parts.append({"loss": losses.detach().mean(), **metrics})
+    metrics = {name: sum(part[name] for part in parts) / grad_accum for name in parts[0]}
+    return metrics | {"grad_norm": take_step(metrics["loss"], policy, optimizer)}
 
 
 def make_optimizer(model, config):
@@ -246,6 +251,8 @@ def make_optimizer(model, config):
 def count_steps(config, count):
     """-> (pairs a step, steps)."""
     batch_size = min(config.batch_size, count)
+    if batch_size % config.grad_accum:
+        raise SystemExit(f"--grad-accum {config.grad_accum} does not divide a step's {batch_size}")
     return batch_size, max(1, config.epochs * count // batch_size)
 
 
@@ -254,15 +261,14 @@ def train(
 ):
     """Yields the metrics of each step after the first `done`. dataset: from prepare_pairs()."""
     sides, given = dataset
-    device = policy.wte.weight.device
     batch_size, steps = count_steps(config, len(sides[0]))
     batches = enumerate(data.batches(len(sides[0]), batch_size, steps, config.seed))
     for step, rows in itertools.islice(batches, done, None):
         lr = optimizer.param_groups[0]["lr"] = config.lr * schedule(step, steps)
-        examples = [side[i] for side in sides for i in rows]
-        batch = *data.collate(examples, pad), *(tensor[rows] for tensor in given)
-        batch = [tensor.to(device) for tensor in batch]
-        metrics = train_step(policy, optimizer, batch, config.beta, loss_fn)
+        batch = [[side[i] for i in rows] for side in sides], [tensor[rows] for tensor in given]
+        metrics = train_step(
+            policy, optimizer, *batch, pad, config.beta, loss_fn, config.grad_accum
+        )
         if step == 0 and first_loss is not None:
             check_first_loss(metrics["loss"].item(), first_loss, config)
         yield {name: value.item() for name, value in metrics.items()} | {"lr": lr}
@@ -348,7 +354,7 @@ def village_probe(policy, reference, tokenizer, config):
 def own_probe(policy, reference, tokenizer, held_out, prompts, config, loss_fn):
     """What can be known of somebody's own held-out pairs, without a true reward."""
     sides, given = held_out
-    policy_logps = [evaluate.response_logps(policy, side, tokenizer.eot_token) for side in sides]
+    policy_logps = [evaluate.known_logps(policy, side, tokenizer.eot_token) for side in sides]
     lengths = torch.tensor([sum(mask) for side in sides for _, mask in side])
     losses, metrics = loss_fn(torch.cat(policy_logps), lengths, *given, config.beta)
     texts, log_ratios = evaluate.fresh_samples(policy, reference, tokenizer, prompts, config)

@@ -45,11 +45,11 @@ def dying_replace(source, target):
         die()
 gpt.torch.save, os.replace = dying_save, dying_replace
 step = gpt.GPT.forward
-def dying_forward(self, ids):
+def dying_forward(self, *inputs):
     if moment == "in a step" and saves == count and self.training_seen:
         die()
     self.training_seen = self.wte.weight.requires_grad and saves == count
-    return step(self, ids)
+    return step(self, *inputs)
 gpt.GPT.training_seen, gpt.GPT.forward = False, dying_forward
 module.main()
 """

@@ -21,7 +21,13 @@ def slow_generate(model, prompts, limit, generator):
     texts, rows = [list(prompt) for prompt in prompts], list(range(len(prompts)))
     for _ in range(limit):
         logits = torch.cat([model(torch.tensor([texts[i]]))[:, -1] for i in rows])
-        tokens = torch.multinomial(F.softmax(logits, -1), 1, generator=generator)[:, 0].tolist()
+        tokens = []
+        for p, chance in zip(logits.softmax(-1), torch.rand(len(rows), generator=generator)):
+            token, passed = 0, p[0]
+            while passed <= chance and token < len(p) - 1:
+                token += 1
+                passed = passed + p[token]
+            tokens.append(token)
         for i, token in zip(rows, tokens):
             texts[i].append(token)
         rows = [i for i, token in zip(rows, tokens) if token != END]

@@ -1,8 +1,10 @@
 """The pipeline: labels, training, measurement, and the command lines at toy size."""
 
 import copy
+import dataclasses
 import json
 import math
+import random
 import signal
 import subprocess
 import sys
@@ -50,7 +52,7 @@ class KnownReference:
     """A stand-in for a model: it gives each response of the grammar the probability 0.9 x (a share
     that grows with its place in the list), and says " Good!" one time in ten."""
 
-    config = SimpleNamespace(block_size=64)
+    config = SimpleNamespace(vocab_size=708, block_size=64, n_layer=1, n_embd=1)
     wte = SimpleNamespace(weight=torch.zeros(1))
 
     def __init__(self, tokenizer, questions, power=1):
@@ -67,8 +69,8 @@ class KnownReference:
                 for i, token in enumerate(reply):
                     self.next[prompt + tuple(reply[:i])][token] += weight
 
-    def __call__(self, ids):
-        prefixes = [[tuple(row[: t + 1]) for t in range(len(row))] for row in ids.tolist()]
+    def __call__(self, ids, first):
+        prefixes = [[tuple(row[: t + 1]) for t in range(first, len(row))] for row in ids.tolist()]
         p = torch.stack([torch.stack([self.next[prefix] for prefix in row]) for row in prefixes])
         return p.log().float()
 
@@ -288,14 +290,59 @@ def test_precomputed_reference_logps_equal_live_ones(setup):
             assert live.item() == pytest.approx(logp.item(), abs=1e-5, rel=1e-6)
 
 
+def test_parts_of_like_length_change_neither_log_probabilities_nor_gradients(setup, tokenizer):
+    """Against one example at a time, with logits everywhere; in 64 bits, so that all is seen."""
+    model = copy.deepcopy(setup[0]).requires_grad_(True).double()
+    rng = random.Random(0)
+    texts = [(q, rng.choice([*data.responses(q)])) for q in rng.choices([*data.QUESTIONS], k=80)]
+    examples = [data.encode(tokenizer, *text) for text in texts]
+    chances = torch.randn(80, generator=torch.Generator().manual_seed(0)).double()
+    rows = (data.collate([example], 0) for example in examples)
+    alone = torch.cat([dpo.sequence_logps(model(ids), ids, mask) for ids, mask in rows])
+    parts = evaluate.response_logps(model, examples, 0)
+    assert len({len(ids) for ids, _ in examples}) > 5
+    gradients = (torch.autograd.grad(x @ chances, [*model.parameters()]) for x in (alone, parts))
+    torch.testing.assert_close(parts, alone)
+    for mine, expected in zip(*gradients):
+        torch.testing.assert_close(mine, expected)
+
+
+def test_logits_stay_below_a_quarter_of_a_gigabyte(setup):
+    """However large the vocabulary, 2^26 floats at once, but for a row that alone has more."""
+    model, ((examples, _), _), _ = setup
+    model = copy.deepcopy(model)
+    seen = []
+    model.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0].shape))
+    longest = max(len(ids) for ids, _ in examples)
+    for vocab_size, rows in ((2**26 // longest // 7, 7), (2**26, 1)):
+        seen.clear()
+        model.config.vocab_size = vocab_size
+        evaluate.known_logps(model, examples, 0)
+        assert max(shape[0] for shape in seen) == rows and sum(shape[0] for shape in seen) == 20
+
+
+def test_accumulated_gradients_are_the_whole_batchs(setup, tokenizer):
+    reference, pairs, config = setup
+    runs = []
+    for grad_accum in (1, 4):
+        policy = copy.deepcopy(reference).requires_grad_(True)
+        accumulating = dataclasses.replace(config, grad_accum=grad_accum)
+        optimizer = train_dpo.make_optimizer(policy, config)
+        runs.append([*train_dpo.train(policy, optimizer, pairs, accumulating, tokenizer.eot_token)])
+    assert runs[0][-1]["rewards/margins"] > 0.01
+    for whole, parts in zip(*runs):
+        assert parts == pytest.approx(whole, rel=1e-4, abs=1e-5)
+    with pytest.raises(SystemExit, match="--grad-accum 3 does not divide a step's 8"):
+        train_dpo.count_steps(dataclasses.replace(config, grad_accum=3), 20)
+
+
 def test_one_step_raises_the_margin_of_its_pairs(setup):
     reference, ((chosen, rejected), (ref_chosen, ref_rejected)), config = setup
     policy = copy.deepcopy(reference).requires_grad_(True)
     optimizer = torch.optim.SGD(policy.parameters(), config.lr)
-    ids, mask = data.collate(chosen + rejected, 0)
-    batch = ids, mask, ref_chosen, ref_rejected
-    first = train_dpo.train_step(policy, optimizer, batch, config.beta)
-    second = train_dpo.train_step(policy, optimizer, batch, config.beta)
+    batch = (chosen, rejected), (ref_chosen, ref_rejected), 0, config.beta
+    first = train_dpo.train_step(policy, optimizer, *batch)
+    second = train_dpo.train_step(policy, optimizer, *batch)
     assert first["rewards/margins"] == pytest.approx(0, abs=1e-5)
     assert second["rewards/margins"] > 0.001 and second["loss"] < first["loss"]
 

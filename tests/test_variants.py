@@ -73,7 +73,7 @@ def enumerate_logps(model):
     rows = []
     for prompt in PROMPTS:
         examples = [data.join_ids(tokens.encode_ordinary(prompt), reply) for reply in REPLIES]
-        rows.append(evaluate.response_logps(model, examples, 0))
+        rows.append(evaluate.known_logps(model, examples, 0))
     return torch.stack(rows).double()
 
 
@@ -290,7 +290,7 @@ def test_the_second_rounds_reference_is_the_first_rounds_policy(tokenizer, monke
 
     def spy(policy, optimizer, dataset, *rest):
         examples, given = dataset[0][0], dataset[1][0]
-        live = [evaluate.response_logps(m, examples, 0) for m in (reference, policy)]
+        live = [evaluate.known_logps(m, examples, 0) for m in (reference, policy)]
         seen.append([torch.allclose(given, logps, atol=1e-4) for logps in live])
         return original(policy, optimizer, dataset, *rest)
 
@@ -534,7 +534,8 @@ def test_kto_learns_from_somebodys_thumbs(sft, tmp_path):
         (["--loss=dop"], "--loss must be one of cdpo, robust, ipo"),
         (["--alpha=-1"], "--alpha must be positive"),
         (["--loss=cdpo", "--label-smoothing=0.5"], "must be below 0.5"),
-        (["--loss=kto", "--batch-size=1"], "--batch-size must be at least 2"),
+        (["--loss=kto", "--batch-size=1"], "--batch-size from 2 up"),
+        (["--loss=kto", "--grad-accum=2"], "no --grad-accum"),
         (["--init=nowhere.pt"], "there is no nowhere.pt"),
     ],
 )

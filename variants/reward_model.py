@@ -58,7 +58,9 @@ def train_reward_model(reference, tokenizer, pairs, config):
         ids, mask = (t.to(device) for t in data.collate(examples, tokenizer.eot_token))
         losses = reward_model_loss(*model(ids, mask).chunk(2))
         try:
-            train_dpo.descend(losses.mean(), model, optimizer)
+            loss = losses.mean()
+            loss.backward()
+            train_dpo.take_step(loss, model, optimizer)
         except FloatingPointError as error:
             raise SystemExit(f"reward model: {error}; try a smaller --reward-lr")
     return model.requires_grad_(False)

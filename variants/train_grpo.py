@@ -33,9 +33,9 @@ import evaluate
 from train_dpo import (
     RunConfig,
     check_village_fits,
-    descend,
     make_optimizer,
     start,
+    take_step,
     train_and_report,
 )
 from train_sft import read_config, run_command, schedule
@@ -123,11 +123,13 @@ def train(models, config, questions, reward):
             else:
                 args = old_logps[rows], ref_logps[rows], *batch, config.clip, config.kl_beta
                 losses = grpo_loss(logps, *args)
-            grad_norm = descend(losses.mean(), policy, optimizer).item()
+            loss = losses.mean()
+            loss.backward()
+            grad_norm = take_step(loss, policy, optimizer).item()
         yield {
             "reward": rewards.mean().item(),
             "kl": log_ratios.mean().item(),
-            "loss": losses.mean().item(),
+            "loss": loss.item(),
             "grad_norm": grad_norm,
             "lr": lr,
         }

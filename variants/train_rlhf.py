@@ -112,7 +112,9 @@ def train(models, config, questions, reward, true_reward=evaluate.true_rewards):
             errors = (new_values - targets[rows]) ** 2
             losses, errors = ((x * scored[rows]).sum(dim=1).mean() for x in (losses, errors))
             ratio = (logps.detach() - old_logps[rows])[scored[rows]].exp().mean()
-            grad_norm = train_dpo.descend(losses + config.value_weight * errors, both, optimizer)
+            loss = losses + config.value_weight * errors
+            loss.backward()
+            grad_norm = train_dpo.take_step(loss, both, optimizer)
         yield {
             "reward": scores.mean().item(),
             "true_reward": true_reward(prompts, texts).mean().item(),

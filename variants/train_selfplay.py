@@ -51,6 +51,7 @@ class Config(train_dpo.RunConfig):
     momentum: float = 0.9  # of sgd
     epochs: int = 1  # a round
     batch_size: int = 64  # responses a step; with spin, pairs
+    grad_accum: int = 1  # backward passes a step
     reward_lr: float = 1e-3  # of the reward model
     reward_epochs: int = 2
 
@@ -84,7 +85,7 @@ def spin_round(opponent, tokenizer, prompts, examples, rng):
     """Demonstrations against own samples -> what train_dpo.train() takes."""
     demonstrations = best_demonstrations(prompts, rng)
     sides = [[data.encode(tokenizer, *demo) for demo in demonstrations], examples]
-    return sides, [evaluate.response_logps(opponent, s, tokenizer.eot_token) for s in sides]
+    return sides, [evaluate.known_logps(opponent, s, tokenizer.eot_token) for s in sides]
 
 
 def train(models, config, questions, reward=evaluate.true_rewards):
@@ -108,7 +109,7 @@ def train(models, config, questions, reward=evaluate.true_rewards):
         else:
             wins = compare(reward(prompts, texts).view(-1, group), generator)
             win_probs = wins.sum(dim=2).flatten() / (group - 1)
-            ref_logps = evaluate.response_logps(opponent, examples, tokenizer.eot_token)
+            ref_logps = evaluate.known_logps(opponent, examples, tokenizer.eot_token)
             dataset = [examples], [ref_logps, win_probs]
             loss_fn, first_loss = sppo_loss_fn, None
             beta, lr = config.loss_beta, config.lr

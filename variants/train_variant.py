@@ -117,7 +117,7 @@ def prepare_thumbs(reference, tokenizer, rows):
     examples = [data.encode(tokenizer, prompt, text) for prompt, text, _ in rows]
     longest = reference.config.block_size
     sides = examples, [(ids[:longest], mask[:longest]) for ids, mask in mismatch(examples)]
-    ref_logps = [evaluate.response_logps(reference, side, tokenizer.eot_token) for side in sides]
+    ref_logps = [evaluate.known_logps(reference, side, tokenizer.eot_token) for side in sides]
     return sides, [*ref_logps, torch.tensor([label for _, _, label in rows])]
 
 
@@ -167,8 +167,8 @@ def main():
     config = read_config(Config, "train_variant.py", **DEFAULTS[name])
     if config.label_smoothing >= 0.5:
         raise SystemExit("--label-smoothing must be below 0.5: at half, labels say nothing")
-    if name == "kto" and config.batch_size < 2:
-        raise SystemExit("--batch-size must be at least 2 for kto, whose z is a batch's mean")
+    if name == "kto" and (config.batch_size < 2 or config.grad_accum > 1):
+        raise SystemExit("kto's z is a batch's mean: --batch-size from 2 up, no --grad-accum")
     policy, reference, tokenizer = train_dpo.start(config)
     if name == "orpo":  # merges fine-tuning with preference: the SFT model only measures KL
         sft, device = Path(config.init or f"{config.out}/sft.pt"), policy.wte.weight.device
