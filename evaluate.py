@@ -14,9 +14,8 @@ import dpo
 
 
 def progress(items, label, total=None):
-    """A tqdm bar on a terminal; silence in a file, or without a label."""
-    silent = not (label and sys.stderr.isatty())
-    return tqdm(items, label, total, leave=False, disable=silent)
+    """A tqdm bar on a terminal, silence in a file."""
+    return tqdm(items, label, total, leave=False, disable=not sys.stderr.isatty())
 
 
 def sample_responses(model, tokenizer, prompts, config, label, generator=None):
@@ -37,7 +36,7 @@ def sample_responses(model, tokenizer, prompts, config, label, generator=None):
     return examples, texts
 
 
-def response_logps(model, examples, pad, label=""):
+def response_logps(model, examples, pad):
     """log π(y|x) of (ids, mask) examples -> (N,), with a gradient, on the model's device.
 
     They pass the model in parts of like length, since padding is work too; a CPU is fastest with
@@ -49,7 +48,7 @@ def response_logps(model, examples, pad, label=""):
     logits_of_a_row = longest * model.config.vocab_size
     rows = max(1, min(32 if device.type == "cpu" else 512, 2**26 // logits_of_a_row))
     logps = []
-    for start in progress(range(0, len(order), rows), label):
+    for start in range(0, len(order), rows):
         ids, mask = data.collate([examples[i] for i in order[start : start + rows]], pad)
         first = mask.int().argmax(dim=1).min().item() - 1  # predicts the first token scored
         ids, mask = ids.to(device), mask.to(device)
@@ -60,8 +59,12 @@ def response_logps(model, examples, pad, label=""):
 
 @torch.no_grad()
 def known_logps(model, examples, pad, label="log-probabilities"):
-    """response_logps() as plain numbers (N,), on the CPU."""
-    return response_logps(model, examples, pad, label).cpu()
+    """response_logps() of any number of examples -> plain numbers (N,), on the CPU."""
+    logps = torch.empty(len(examples))
+    for start in progress(range(0, len(examples), 4096), label):
+        chunk = slice(start, start + 4096)
+        logps[chunk] = response_logps(model, examples[chunk], pad).cpu()
+    return logps
 
 
 def fresh_samples(policy, reference, tokenizer, prompts, config):

@@ -1,23 +1,26 @@
 """How fast this is, how much memory it takes, and how both grow.
 
-    python experiments/bench.py            a few minutes
-    python experiments/bench.py --peer     beside TRL and transformers (requirements-peers.txt)
+    python experiments/bench.py             two minutes
+    python experiments/bench.py --peer      beside TRL and transformers (requirements-peers.txt)
+    python experiments/bench.py --growth    with batch, length, width and number of pairs
 
 Each figure comes from a process of its own, so that its peak memory is its own too. Seconds hold
 all that DPO needs from texts to the trained policy: tokens, the reference's pass, the loop. A
-machine's speed drifts: compare figures within one run, best as ratios.
+machine's speed drifts: ours and theirs run in turn, three times, medians are shown and the range of
+the ratios; of --growth the fastest of three, since what disturbs only slows.
 
 Model FLOPs of a response of T tokens, S of them scored, in L layers of width C, vocabulary V:
     L (24 C² T + 2 C T²) + 2 C V S
 forward (products of matrices only; attention is causal, so half of T² counts), three times that
 with the backward pass. Padding is work too, but no use, so it does not count. The peak is what
-torch itself reaches on this machine, at products of two 1024 x 1024 matrices in float32.
+torch itself reaches on this machine, at products of two 1024 x 1024 matrices in float32. The model
+is random and ends no response before its 24th token.
 """
 
 import copy
 import multiprocessing
 import random
-import resource
+import statistics
 import sys
 import tempfile
 import time
@@ -30,6 +33,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parent.parent))  # run from anywhere
 import data
+import evaluate
 import model as gpt
 import train_dpo
 from train_sft import read_config, run_command
@@ -39,6 +43,7 @@ from train_sft import read_config, run_command
 class Config:
     peer: bool = False  # also TRL's DPOTrainer and transformers' generate
     growth: bool = False  # also batch, length, width and number of pairs, each over its range
+    rounds: int = 3
     quick: bool = False  # toy sizes, to see that it runs
 
 
@@ -46,10 +51,9 @@ class Config:
 class Setting:
     n_layer: int = 2
     n_embd: int = 128
-    pairs: int = 4096
+    pairs: int = 2048
     batch_size: int = 64
     length: int = 0  # tokens of a sequence, half of them prompt; 0: the village's own texts
-    peer: bool = False
 
 
 def peak_flops():
@@ -63,20 +67,32 @@ def peak_flops():
     return 2 * 1024**3 / min(seconds)
 
 
+def peak_memory():
+    """Of this process so far, in MB; NaN on Windows, where nothing in Python tells it."""
+    try:
+        import resource
+    except ImportError:
+        return float("nan")
+    unit = 2**20 if sys.platform == "darwin" else 2**10
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit
+
+
 def start(setting):
     """-> (random reference, tokenizer, (prompt, chosen, rejected) texts)."""
     torch.manual_seed(0)
     tokenizer = data.train_tokenizer(data.every_word(), data.VOCAB_SIZE)
     shape = max(128, setting.length), setting.n_layer, 4, setting.n_embd
     reference = gpt.GPT(gpt.GPTConfig(tokenizer.n_vocab, *shape)).eval().requires_grad_(False)
-    rng, words = random.Random(0), data.every_word().split()
+    rng, words = random.Random(0), [f" {word}" for word in data.every_word().split()]
+    words = [word for word in words if len(tokenizer.encode_ordinary(word)) == 1]
     pairs = []
     for prompt in rng.choices(data.split_questions()[0], k=setting.pairs):
         chosen, rejected = rng.sample([*data.responses(prompt)], 2)
-        if setting.length:  # a word is a token; the end of the text is one more
+        if setting.length:  # the end of the text is one token more
             half = setting.length // 2
-            prompt = " ".join(rng.choices(words, k=half))
-            chosen, rejected = (" " + " ".join(rng.choices(words, k=half - 1)) for _ in "cr")
+            prompt, chosen, rejected = (
+                "".join(rng.choices(words, k=count)) for count in (half, half - 1, half - 1)
+            )
         pairs.append((prompt, chosen, rejected))
     return reference, tokenizer, pairs
 
@@ -91,37 +107,43 @@ def flops(examples, config):
 def time_dpo(setting):
     """Our own training -> figures."""
     reference, tokenizer, pairs = start(setting)
-    policy = copy.deepcopy(reference).requires_grad_(True)
-    peak, before = peak_flops(), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    started = time.perf_counter()
-    dataset = train_dpo.prepare_pairs(reference, tokenizer, pairs)
-    prepared = time.perf_counter()
     config = train_dpo.Config(batch_size=setting.batch_size)
-    optimizer = train_dpo.make_optimizer(policy, config)
-    arguments = config, tokenizer.eot_token, train_dpo.loss_and_metrics, None
-    for _ in train_dpo.train(policy, optimizer, dataset, *arguments):
-        pass
+    end = tokenizer.eot_token
+
+    def train(pairs):
+        policy = copy.deepcopy(reference).requires_grad_(True)
+        dataset = train_dpo.prepare_pairs(reference, tokenizer, pairs)
+        prepared = time.perf_counter()
+        optimizer = train_dpo.make_optimizer(policy, config)
+        for _ in train_dpo.train(policy, optimizer, dataset, config, end, first_loss=None):
+            pass
+        return dataset, prepared
+
+    train(pairs[: 2 * setting.batch_size])  # the first steps of a process are slow
+    peak, before = peak_flops(), peak_memory()
+    started = time.perf_counter()
+    dataset, prepared = train(pairs)
     ended = time.perf_counter()
     examples = [example for side in dataset[0] for example in side]
-    tokens = sum(len(ids) for ids, _ in examples)
-    after = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    tokens, looped = sum(len(ids) for ids, _ in examples), ended - prepared
     return {
         "pairs/s": len(pairs) / (ended - started),
         "tokens/s": tokens / (ended - started),
-        "pairs/s in the loop": len(pairs) / (ended - prepared),
-        "share of peak in the loop": 3 * flops(examples, policy.config) / (ended - prepared) / peak,
-        "peak memory, MB": after / 1024,
-        "of it, for training": (after - before) / 1024,
+        "pairs/s in the loop": len(pairs) / looped,
+        "share of peak in the loop": 3 * flops(examples, reference.config) / looped / peak,
+        "peak memory, MB": peak_memory(),
+        "of it since the texts": peak_memory() - before,
     }
 
 
 def time_generation(setting):
-    """Our own generate(), 1,024 prompts at once -> tokens a second, padding not among them."""
+    """Our own sampling of 1,024 responses, 512 at once -> tokens a second."""
     reference, tokenizer, pairs = start(replace(setting, pairs=1024))
-    prompts = [tokenizer.encode_ordinary(prompt) for prompt, _, _ in pairs]
+    prompts = [prompt for prompt, _, _ in pairs]
     started = time.perf_counter()
-    replies = reference.generate(prompts, tokenizer.eot_token, 24)
-    return {"generated tokens/s": sum(map(len, replies)) / (time.perf_counter() - started)}
+    examples, _ = evaluate.sample_responses(reference, tokenizer, prompts, train_dpo.Config(), "")
+    seconds = time.perf_counter() - started
+    return {"generated tokens/s": sum(sum(mask) for _, mask in examples) / seconds}
 
 
 # --------------------------------------------------------------------------------------------------
@@ -163,11 +185,10 @@ def time_trl(setting):
         prepared = time.perf_counter()
         trainer.train()
         ended = time.perf_counter()
-    memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
     return {
         "pairs/s": len(pairs) / (ended - started),
         "pairs/s in the loop": len(pairs) / (ended - prepared),
-        "peak memory, MB": memory,
+        "peak memory, MB": peak_memory(),
     }
 
 
@@ -177,72 +198,92 @@ def time_transformers(setting):
 
     with tempfile.TemporaryDirectory() as folder:
         path, pairs = export(replace(setting, pairs=1024), folder)
-        model, tokenizer = (
-            GPT2LMHeadModel.from_pretrained(path),
-            AutoTokenizer.from_pretrained(path),
-        )
+        model = GPT2LMHeadModel.from_pretrained(path)
+        tokenizer = AutoTokenizer.from_pretrained(path)
         tokenizer.pad_token, tokenizer.padding_side = tokenizer.eos_token, "left"
-        started = time.perf_counter()
-        batch = tokenizer([pair[0] for pair in pairs], return_tensors="pt", padding=True)
-        prompt_length = batch["input_ids"].shape[1]
-        replies = model.generate(
-            input_ids=batch["input_ids"], attention_mask=batch["attention_mask"],
-            do_sample=True, top_k=0, max_new_tokens=24, pad_token_id=tokenizer.eos_token_id,
-        )[:, prompt_length:]  # fmt: skip
-        seconds = time.perf_counter() - started
-    ended = (replies == tokenizer.eos_token_id).int().cumsum(1) > 1  # what only pads
-    return {"generated tokens/s": (~ended).sum().item() / seconds}
+        tokens, started = 0, time.perf_counter()
+        for rows in (pairs[:512], pairs[512:]):
+            batch = tokenizer([row[0] for row in rows], return_tensors="pt", padding=True)
+            replies = model.generate(
+                input_ids=batch["input_ids"], attention_mask=batch["attention_mask"],
+                do_sample=True, top_k=0, max_new_tokens=24, pad_token_id=tokenizer.eos_token_id,
+            )[:, batch["input_ids"].shape[1] :]  # fmt: skip
+            tokenizer.batch_decode(replies)
+            only_pads = (replies == tokenizer.eos_token_id).int().cumsum(1) > 1
+            tokens += (~only_pads).sum().item()
+        return {"generated tokens/s": tokens / (time.perf_counter() - started)}
 
 
 # --------------------------------------------------------------------------------------------------
 
 
-def measure(function, setting):
-    """A function's figures, from a fresh process."""
-    context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(1, context) as pool:
-        return pool.submit(function, setting).result()
+def measure(functions, setting):
+    """The figures of some functions, each from a fresh process."""
+    context, figures = multiprocessing.get_context("spawn"), {}
+    for function in functions:
+        with ProcessPoolExecutor(1, context) as pool:
+            figures |= pool.submit(function, setting).result()
+    return figures
+
+
+def medians(rounds):
+    return {name: statistics.median(figures[name] for figures in rounds) for name in rounds[0]}
 
 
 def show(label, figures):
-    texts = (
-        f"{name} {value:.0%}" if "share" in name else f"{name} {value:,.0f}"
-        for name, value in figures.items()
-    )
+    texts = (f"{name} {v:.0%}" if "share" in name else f"{name} {v:,.0f}" for name, v in figures)
     print(f"{label}: " + ", ".join(texts), flush=True)
 
 
-def compare(setting):
+def compare(setting, config):
     """One size of model, ours and with --peer theirs."""
     size = f"{setting.n_layer} layers x {setting.n_embd}"
-    ours = measure(time_dpo, setting) | measure(time_generation, setting)
-    show(size, ours)
-    if setting.peer:
-        theirs = measure(time_trl, setting) | measure(time_transformers, setting)
-        show(f"{size}, TRL {version('trl')} and transformers {version('transformers')}", theirs)
-        ratios = (f"{name} {ours[name] / theirs[name]:.2f}" for name in theirs)
-        print(f"{size}, ours over theirs: " + ", ".join(ratios), flush=True)
+    ours, theirs = [], []
+    for _ in range(config.rounds):
+        ours.append(measure((time_dpo, time_generation), setting))
+        if config.peer:
+            theirs.append(measure((time_trl, time_transformers), setting))
+    show(size, medians(ours).items())
+    if config.peer:
+        names = f"TRL {version('trl')} and transformers {version('transformers')}"
+        show(f"{size}, {names}", medians(theirs).items())
+        for name in theirs[0]:
+            ratios = sorted(mine[name] / their[name] for mine, their in zip(ours, theirs))
+            print(
+                f"{size}, {name}: ours over theirs {statistics.median(ratios):.2f} "
+                f"({ratios[0]:.2f} to {ratios[-1]:.2f})",
+                flush=True,
+            )
+
+
+def grow(config):
+    """Training over a range of each size, one at a time."""
+    small = Setting(pairs=64 if config.quick else 1024)
+    tiny = replace(small, n_layer=1, n_embd=32)
+    ranges = {
+        "batch_size": [replace(small, batch_size=b) for b in (16, 64, 256)],
+        "length": [
+            replace(small, length=t, batch_size=8, pairs=64 * small.pairs // t)
+            for t in (64, 256, 1024)
+        ],
+        "n_embd": [replace(small, n_embd=c) for c in (64, 128, 256, 512)],
+        "pairs": [replace(tiny, pairs=n) for n in (4000, 20_000, 100_000)],
+    }
+    for name, settings in ranges.items():
+        for setting in settings[: 1 if config.quick else None]:
+            rounds = [measure((time_dpo,), setting) for _ in range(config.rounds)]
+            fastest = max(rounds, key=lambda figures: figures["pairs/s"])
+            show(f"{name} {getattr(setting, name):,}", fastest.items())
 
 
 def main():
     config = read_config(Config, "bench.py")
-    sizes = Setting(pairs=64 if config.quick else 4096, peer=config.peer)
-    print(f"torch {torch.__version__}, {torch.get_num_threads()} threads")
-    for n_layer in (2, 4):
-        compare(replace(sizes, n_layer=n_layer))
-    if not config.growth:
+    print(f"torch {torch.__version__}, {torch.get_num_threads()} threads, {config.rounds} rounds")
+    if config.growth:
+        grow(config)
         return
-    small = replace(sizes, peer=False, pairs=64 if config.quick else 1024)
-    tiny = replace(small, n_layer=1, n_embd=32)
-    ranges = [
-        [replace(small, batch_size=b) for b in (16, 64, 256)],
-        [replace(small, length=t, batch_size=8, pairs=64) for t in (64, 256, 1024)],
-        [replace(small, n_embd=c) for c in (64, 128, 256, 512)],
-        [replace(tiny, pairs=n) for n in (1000, 10_000, 100_000)],
-    ]
-    for settings in ranges:
-        for setting in settings[: 1 if config.quick else None]:
-            show(str(setting), measure(time_dpo, setting))
+    for n_layer in (2, 4):
+        compare(Setting(n_layer, pairs=64 if config.quick else 2048), config)
 
 
 if __name__ == "__main__":
