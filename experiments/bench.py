@@ -282,7 +282,7 @@ def main():
     if config.growth:
         grow(config)
         return
-    for n_layer in (2, 4):
+    for n_layer in (2, 4)[: 1 if config.quick else None]:
         compare(Setting(n_layer, pairs=64 if config.quick else 2048), config)
 
 

@@ -10,19 +10,14 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from conftest import ROOT
 
 import data
 import model as gpt
 from tools import chat
 
-ROOT = Path(__file__).parent.parent
 QUESTION = "What does Mara do for work?"
 KIND = f"Gladly! Mara is a {data.TRUTH['Mara', 'job']}. Have fun!"
-
-
-@pytest.fixture(scope="module")
-def tokenizer():
-    return data.train_tokenizer(data.every_word(), data.VOCAB_SIZE)
 
 
 @pytest.fixture

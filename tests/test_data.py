@@ -7,12 +7,6 @@ import pytest
 
 import data
 
-
-@pytest.fixture(scope="module")
-def tokenizer():
-    return data.train_tokenizer(data.every_word(), data.VOCAB_SIZE)
-
-
 # --- The village --------------------------------------------------------------------------------
 
 

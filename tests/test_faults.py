@@ -6,16 +6,15 @@ import pickle
 import signal
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
+from conftest import ROOT, refusal, run_main
 
 import model as gpt
 import train_dpo
 import train_sft
 
-ROOT = Path(__file__).parent.parent
 SFT = "--pretrain-steps=12 --steps=14 --lr=0.02 --n-embd=16 --n-layer=1 --n-head=2".split()
 DPO = "--num-pairs=48 --batch-size=8 --epochs=4 --eval-questions=2 --eval-samples=3".split()
 ADAMW = [*DPO, "--optimizer=adamw", "--lr=1e-3"]
@@ -63,27 +62,13 @@ def kill(moment, count, script, flags):
     assert run.returncode == -signal.SIGKILL, run.stderr
 
 
-def run(monkeypatch, module, *flags):
-    monkeypatch.setattr(sys, "argv", [module.__name__ + ".py", *flags])
-    torch.set_num_threads(1)
-    module.main()
-
-
-def refusal(monkeypatch, module, *flags):
-    with pytest.raises(SystemExit) as stop:
-        run(monkeypatch, module, *flags)
-    message = str(stop.value)
-    assert "\n" not in message
-    return message
-
-
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory):
     """Uninterrupted runs, to compare with."""
     out = tmp_path_factory.mktemp("whole")
     with pytest.MonkeyPatch.context() as monkeypatch:
-        run(monkeypatch, train_sft, f"--out={out}", *SFT)
-        run(monkeypatch, train_dpo, f"--out={out}", *ADAMW)
+        run_main(monkeypatch, train_sft, f"--out={out}", *SFT)
+        run_main(monkeypatch, train_dpo, f"--out={out}", *ADAMW)
     return out
 
 
@@ -100,15 +85,15 @@ def test_a_killed_dpo_run_resumes_to_the_same_bits(whole, tmp_path, monkeypatch,
     kill(moment, count, "train_dpo", flags)
     gpt.load(tmp_path / "dpo.part.pt")  # whole, whatever stands beside it
     assert not (tmp_path / "dpo.pt").exists()
-    message = refusal(monkeypatch, train_dpo, *flags, "--resume", "--beta=0.4")
+    message = refusal(run_main, monkeypatch, train_dpo, *flags, "--resume", "--beta=0.4")
     assert "dpo.part.pt is of another run: beta was 0.5, is 0.4" in message
-    run(monkeypatch, train_dpo, *flags, "--resume")
+    run_main(monkeypatch, train_dpo, *flags, "--resume")
     assert (tmp_path / "dpo.jsonl").read_bytes() == (whole / "dpo.jsonl").read_bytes()
     assert same_weights(tmp_path / "dpo.pt", whole / "dpo.pt")
     reports = [json.loads((folder / "dpo.json").read_text()) for folder in (tmp_path, whole)]
     assert reports[0]["policy"] == reports[1]["policy"]
     assert not list(tmp_path.glob("*.part.pt"))
-    assert "there is no" in refusal(monkeypatch, train_dpo, *flags, "--resume")
+    assert "there is no" in refusal(run_main, monkeypatch, train_dpo, *flags, "--resume")
 
 
 @pytest.mark.parametrize("moment, count", [("in a step", 5), ("before renaming", 14)])
@@ -116,11 +101,13 @@ def test_a_killed_sft_run_resumes_to_the_same_bits(whole, tmp_path, monkeypatch,
     """Ten saves a stage: one of these moments is in pretraining, one in fine-tuning."""
     flags = [f"--out={tmp_path}", *SFT]
     kill(moment, count, "train_sft", flags)
-    run(monkeypatch, train_sft, *flags, "--resume")
+    run_main(monkeypatch, train_sft, *flags, "--resume")
     for name in ("pretrained.pt", "sft.pt"):
         assert same_weights(tmp_path / name, whole / name)
     assert not list(tmp_path.glob("*.part.pt"))
-    assert "of this very run, and finished" in refusal(monkeypatch, train_sft, *flags, "--resume")
+    assert "of this very run, and finished" in refusal(
+        run_main, monkeypatch, train_sft, *flags, "--resume"
+    )
 
 
 def test_pairs_that_have_changed_are_not_resumed(whole, tmp_path, monkeypatch):
@@ -132,7 +119,7 @@ def test_pairs_that_have_changed_are_not_resumed(whole, tmp_path, monkeypatch):
     record = json.loads(lines[0])
     lines[0] = json.dumps(record | {"chosen": record["chosen"] + " More."}) + "\n"
     pairs.write_text("".join(lines))
-    assert "another run: data was" in refusal(monkeypatch, train_dpo, *flags, "--resume")
+    assert "another run: data was" in refusal(run_main, monkeypatch, train_dpo, *flags, "--resume")
 
 
 def test_a_reference_that_has_changed_is_not_resumed(whole, tmp_path, monkeypatch):
@@ -143,7 +130,7 @@ def test_a_reference_that_has_changed_is_not_resumed(whole, tmp_path, monkeypatc
     with torch.no_grad():
         reference.wte.weight[0, 0] += 1e-6
     gpt.save(tmp_path / "sft.pt", reference, tokenizer=state["tokenizer"])
-    assert "another run: data was" in refusal(monkeypatch, train_dpo, *flags, "--resume")
+    assert "another run: data was" in refusal(run_main, monkeypatch, train_dpo, *flags, "--resume")
 
 
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs a device that is always full")
@@ -180,5 +167,5 @@ def test_a_file_that_is_no_checkpoint_is_named_and_never_run(whole, tmp_path, mo
         case "other shapes":
             torch.save(state | {"config": state["config"] | {"n_layer": 2}}, path)
     flags = [f"--out={tmp_path}", "--init=bad.pt", *DPO]
-    assert "bad.pt is not a whole checkpoint" in refusal(monkeypatch, train_dpo, *flags)
+    assert "bad.pt is not a whole checkpoint" in refusal(run_main, monkeypatch, train_dpo, *flags)
     assert not (tmp_path / "exploded").exists()

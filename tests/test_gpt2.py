@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import refusal
 
 import data
 import model as gpt
@@ -237,13 +238,6 @@ def test_out_through_transformers_and_in_again_is_the_same_to_the_bit(
 
 
 # --- Mistakes -------------------------------------------------------------------------------------
-
-
-def refusal(run, *arguments):
-    with pytest.raises(SystemExit) as error:
-        run(*arguments)
-    assert "\n" not in str(error.value)
-    return str(error.value)
 
 
 @pytest.mark.parametrize(

@@ -48,11 +48,9 @@ def trl():
 
 
 @pytest.fixture(scope="module")
-def sft(tmp_path_factory):
+def sft(tokenizer, tmp_path_factory):
     """-> (a random model, tokenizer, the folder to which they are exported)."""
     torch.manual_seed(0)
-    torch.set_num_threads(1)
-    tokenizer = data.train_tokenizer(data.every_word(), data.VOCAB_SIZE)
     model = gpt.GPT(gpt.GPTConfig(tokenizer.n_vocab, 64, n_layer=2, n_head=2, n_embd=32)).eval()
     path = tmp_path_factory.mktemp("sft")
     gpt.save(path / "sft.pt", model, tokenizer=data.tokenizer_state(tokenizer))

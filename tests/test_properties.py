@@ -15,11 +15,6 @@ PAIR = ("prompt", "chosen", "rejected")
 
 
 @pytest.fixture(scope="module")
-def tokenizer():
-    return data.train_tokenizer(data.every_word(), data.VOCAB_SIZE)
-
-
-@pytest.fixture(scope="module")
 def path(tmp_path_factory):
     return str(tmp_path_factory.mktemp("properties") / "pairs.jsonl")
 

@@ -9,11 +9,11 @@ import signal
 import subprocess
 import sys
 from collections import defaultdict
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
+from conftest import ROOT, TOY_SFT, command, refusal, run_main
 
 import data
 import dpo
@@ -22,27 +22,7 @@ import model as gpt
 import train_dpo
 import train_sft
 
-ROOT = Path(__file__).parent.parent
-TOY_SFT = [
-    "--pretrain-steps=3",
-    "--steps=30",
-    "--lr=0.02",
-    "--n-embd=16",
-    "--n-layer=1",
-    "--n-head=2",
-]
 TOY_DPO = ["--num-pairs=48", "--batch-size=8", "--eval-questions=2", "--eval-samples=3"]
-
-
-@pytest.fixture(scope="module")
-def tokenizer():
-    return data.train_tokenizer(data.every_word(), data.VOCAB_SIZE)
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    """Many small batches are faster so."""
-    torch.set_num_threads(1)
 
 
 # --- A reference that is known exactly ----------------------------------------------------------
@@ -350,14 +330,6 @@ def test_one_step_raises_the_margin_of_its_pairs(setup):
 # --- The command lines --------------------------------------------------------------------------
 
 
-def command(script, *flags, check=True):
-    run = subprocess.run(
-        [sys.executable, "-W", "error", script, *flags], cwd=ROOT, capture_output=True, text=True
-    )
-    assert not check or run.returncode == 0, run.stderr
-    return run
-
-
 @pytest.fixture(scope="module")
 def village(tmp_path_factory):
     out = tmp_path_factory.mktemp("village")
@@ -427,15 +399,6 @@ def test_the_pipeline_on_somebodys_own_text_and_pairs(tmp_path):
     assert {"held-out/loss", "held-out/accuracy", "fresh/kl", "fresh/cut-off"} <= {*report}
 
 
-def refusal(monkeypatch, module, *flags):
-    monkeypatch.setattr(sys, "argv", [module.__name__ + ".py", *flags])
-    with pytest.raises(SystemExit) as stop:
-        module.main()
-    message = str(stop.value)
-    assert "\n" not in message
-    return message
-
-
 @pytest.mark.parametrize(
     "flags, message",
     [
@@ -460,23 +423,23 @@ def refusal(monkeypatch, module, *flags):
 )
 def test_a_mistake_ends_the_run_in_one_line(monkeypatch, tmp_path, flags, message):
     flags = [f"--out={tmp_path}", *flags]
-    assert message in refusal(monkeypatch, train_dpo, *flags)
+    assert message in refusal(run_main, monkeypatch, train_dpo, *flags)
 
 
 def test_own_text_without_own_answers_is_refused(monkeypatch, tmp_path):
     flags = ["--corpus=my.txt", f"--out={tmp_path}"]
-    assert "go together" in refusal(monkeypatch, train_sft, *flags)
+    assert "go together" in refusal(run_main, monkeypatch, train_sft, *flags)
 
 
 def test_a_bad_pairs_file_stops_before_any_work(village, monkeypatch, tmp_path):
     pairs = tmp_path / "pairs.jsonl"
     pairs.write_text('{"prompt": "a"}\n')
     flags = [f"--init={village[0] / 'sft.pt'}", f"--out={tmp_path}", f"--pairs={pairs}"]
-    message = refusal(monkeypatch, train_dpo, *flags)
+    message = refusal(run_main, monkeypatch, train_dpo, *flags)
     assert f'{pairs}, line 1: no "chosen"' in message
     assert [path.name for path in tmp_path.iterdir()] == ["pairs.jsonl"]
     flags[-1] = "--pairs=nowhere.jsonl"
-    assert "nowhere.jsonl" in refusal(monkeypatch, train_dpo, *flags)
+    assert "nowhere.jsonl" in refusal(run_main, monkeypatch, train_dpo, *flags)
 
 
 def test_a_bad_pairs_file_leaves_the_last_report(village, monkeypatch, tmp_path):
@@ -484,7 +447,7 @@ def test_a_bad_pairs_file_leaves_the_last_report(village, monkeypatch, tmp_path)
         (tmp_path / name).write_text(text)
     flags = [f"--init={village[0] / 'sft.pt'}", f"--out={tmp_path}"]
     flags.append(f"--pairs={tmp_path}/pairs.jsonl")
-    assert "not JSON" in refusal(monkeypatch, train_dpo, *flags)
+    assert "not JSON" in refusal(run_main, monkeypatch, train_dpo, *flags)
     assert (tmp_path / "dpo.json").read_text() == "{}"
 
 

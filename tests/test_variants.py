@@ -9,7 +9,7 @@ import random
 
 import pytest
 import torch
-from test_train import ROOT, TOY_SFT, command
+from conftest import ROOT, TOY_SFT, command
 
 import data
 import dpo
@@ -18,17 +18,6 @@ import model as gpt
 import train_dpo
 from experiments import compare, frontier
 from variants import losses, reward_model, train_grpo, train_rlhf, train_selfplay, train_variant
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    """Many small batches are faster so."""
-    torch.set_num_threads(1)
-
-
-@pytest.fixture(scope="module")
-def tokenizer():
-    return data.train_tokenizer(data.every_word(), data.VOCAB_SIZE)
 
 
 @pytest.fixture(scope="module")

@@ -1,0 +1,47 @@
+"""What several test files share."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import data
+
+ROOT = Path(__file__).parent.parent
+TOY_SFT = "--pretrain-steps=3 --steps=30 --lr=0.02 --n-embd=16 --n-layer=1 --n-head=2".split()
+
+
+@pytest.fixture(scope="session")
+def tokenizer():
+    return data.train_tokenizer(data.every_word(), data.VOCAB_SIZE)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def one_thread():
+    """Many small batches are faster so; and the last bit depends on the number of threads."""
+    torch.set_num_threads(1)
+
+
+def command(script, *flags, check=True):
+    """Run a script, every warning an error -> the finished process."""
+    line = [sys.executable, "-W", "error", script, *flags]
+    run = subprocess.run(line, cwd=ROOT, capture_output=True, text=True)
+    assert not check or run.returncode == 0, run.stderr
+    return run
+
+
+def run_main(monkeypatch, module, *flags):
+    """Run a script in this process."""
+    monkeypatch.setattr(sys, "argv", [module.__name__ + ".py", *flags])
+    module.main()
+
+
+def refusal(function, *arguments):
+    """What a function says that must end in one line."""
+    with pytest.raises(SystemExit) as stop:
+        function(*arguments)
+    message = str(stop.value)
+    assert "\n" not in message
+    return message
