@@ -50,7 +50,7 @@ def response_logps(model, examples, pad):
     logps = []
     for start in range(0, len(order), rows):
         ids, mask = data.collate([examples[i] for i in order[start : start + rows]], pad)
-        first = mask.int().argmax(dim=1).min().item() - 1  # predicts the first token scored
+        first = max(0, mask.int().argmax(dim=1).min().item() - 1)  # predicts the first one scored
         ids, mask = ids.to(device), mask.to(device)
         logits = model(ids, first)  # (rows, T - first, V)
         logps.append(dpo.sequence_logps(logits, ids[:, first:], mask[:, first:]))

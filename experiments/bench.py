@@ -3,6 +3,7 @@
     python experiments/bench.py             two minutes
     python experiments/bench.py --peer      beside TRL and transformers (requirements-peers.txt)
     python experiments/bench.py --growth    with batch, length, width and number of pairs
+    python experiments/bench.py --gpt2      the memory of GPT-2 124M at 512 tokens; needs 12 GB
 
 Each figure comes from a process of its own, so that its peak memory is its own too. Seconds hold
 all that DPO needs from texts to the trained policy: tokens, the reference's pass, the loop. A
@@ -42,7 +43,8 @@ from train_sft import read_config, run_command
 @dataclass
 class Config:
     peer: bool = False  # also TRL's DPOTrainer and transformers' generate
-    growth: bool = False  # also batch, length, width and number of pairs, each over its range
+    growth: bool = False  # instead batch, length, width and number of pairs, each over its range
+    gpt2: bool = False  # instead GPT-2 124M at 512 tokens, with and without --grad-accum
     rounds: int = 3
     quick: bool = False  # toy sizes, to see that it runs
 
@@ -53,6 +55,8 @@ class Setting:
     n_embd: int = 128
     pairs: int = 2048
     batch_size: int = 64
+    grad_accum: int = 1
+    vocab_size: int = 0  # 0: the village's
     length: int = 0  # tokens of a sequence, half of them prompt; 0: the village's own texts
 
 
@@ -81,8 +85,9 @@ def start(setting):
     """-> (random reference, tokenizer, (prompt, chosen, rejected) texts)."""
     torch.manual_seed(0)
     tokenizer = data.train_tokenizer(data.every_word(), data.VOCAB_SIZE)
-    shape = max(128, setting.length), setting.n_layer, 4, setting.n_embd
-    reference = gpt.GPT(gpt.GPTConfig(tokenizer.n_vocab, *shape)).eval().requires_grad_(False)
+    shape = max(128, setting.length), setting.n_layer, max(4, setting.n_embd // 64), setting.n_embd
+    vocab_size = setting.vocab_size or tokenizer.n_vocab
+    reference = gpt.GPT(gpt.GPTConfig(vocab_size, *shape)).eval().requires_grad_(False)
     rng, words = random.Random(0), [f" {word}" for word in data.every_word().split()]
     words = [word for word in words if len(tokenizer.encode_ordinary(word)) == 1]
     pairs = []
@@ -107,7 +112,7 @@ def flops(examples, config):
 def time_dpo(setting):
     """Our own training -> figures."""
     reference, tokenizer, pairs = start(setting)
-    config = train_dpo.Config(batch_size=setting.batch_size)
+    config = train_dpo.Config(batch_size=setting.batch_size, grad_accum=setting.grad_accum)
     end = tokenizer.eot_token
 
     def train(pairs):
@@ -276,12 +281,21 @@ def grow(config):
             show(f"{name} {getattr(setting, name):,}", fastest.items())
 
 
+def hold_gpt2():
+    """The memory that a step over four pairs takes, in one pass and in four."""
+    gpt2 = Setting(12, 768, pairs=4, batch_size=4, vocab_size=50257, length=512)
+    for grad_accum in (1, 4):
+        figures = measure((time_dpo,), replace(gpt2, grad_accum=grad_accum))
+        show(f"GPT-2 124M, grad_accum {grad_accum}", [*figures.items()][-2:-1])
+
+
 def main():
     config = read_config(Config, "bench.py")
     print(f"torch {torch.__version__}, {torch.get_num_threads()} threads, {config.rounds} rounds")
     if config.growth:
-        grow(config)
-        return
+        return grow(config)
+    if config.gpt2:
+        return hold_gpt2()
     for n_layer in (2, 4)[: 1 if config.quick else None]:
         compare(Setting(n_layer, pairs=64 if config.quick else 2048), config)
 

@@ -1,5 +1,6 @@
 """What several test files share."""
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -11,6 +12,8 @@ import data
 
 ROOT = Path(__file__).parent.parent
 TOY_SFT = "--pretrain-steps=3 --steps=30 --lr=0.02 --n-embd=16 --n-layer=1 --n-head=2".split()
+
+needs_unix = pytest.mark.skipif(os.name != "posix", reason="sends a Unix signal")
 
 
 @pytest.fixture(scope="session")

@@ -10,7 +10,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import ROOT
+from conftest import ROOT, needs_unix
 
 import data
 import model as gpt
@@ -121,6 +121,7 @@ def test_the_loop_ends_cleanly_with_the_input(checkpoint, typed):
     assert done.returncode == 0 and done.stderr == b"" and done.stdout.endswith(b"> \n")
 
 
+@needs_unix
 def test_ctrl_c_ends_it_cleanly(checkpoint):
     command = [sys.executable, ROOT / "tools" / "chat.py", checkpoint("a.pt")]
     pipes = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.PIPE)

@@ -9,7 +9,7 @@ import sys
 
 import pytest
 import torch
-from conftest import ROOT, refusal, run_main
+from conftest import ROOT, needs_unix, refusal, run_main
 
 import model as gpt
 import train_dpo
@@ -77,6 +77,7 @@ def same_weights(*paths):
     return all(torch.equal(states[0][name], states[1][name]) for name in states[0])
 
 
+@needs_unix
 @pytest.mark.parametrize(
     "moment, count", [("while writing", 3), ("after renaming", 5), ("in a step", 6)]
 )
@@ -96,6 +97,7 @@ def test_a_killed_dpo_run_resumes_to_the_same_bits(whole, tmp_path, monkeypatch,
     assert "there is no" in refusal(run_main, monkeypatch, train_dpo, *flags, "--resume")
 
 
+@needs_unix
 @pytest.mark.parametrize("moment, count", [("in a step", 5), ("before renaming", 14)])
 def test_a_killed_sft_run_resumes_to_the_same_bits(whole, tmp_path, monkeypatch, moment, count):
     """Ten saves a stage: one of these moments is in pretraining, one in fine-tuning."""

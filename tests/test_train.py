@@ -13,7 +13,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import ROOT, TOY_SFT, command, refusal, run_main
+from conftest import ROOT, TOY_SFT, command, needs_unix, refusal, run_main
 
 import data
 import dpo
@@ -274,8 +274,9 @@ def test_parts_of_like_length_change_neither_log_probabilities_nor_gradients(set
     """Against one example at a time, with logits everywhere; in 64 bits, so that all is seen."""
     model = copy.deepcopy(setup[0]).requires_grad_(True).double()
     rng = random.Random(0)
-    texts = [(q, rng.choice([*data.responses(q)])) for q in rng.choices([*data.QUESTIONS], k=80)]
+    texts = [(q, rng.choice([*data.responses(q)])) for q in rng.choices([*data.QUESTIONS], k=79)]
     examples = [data.encode(tokenizer, *text) for text in texts]
+    examples.append(data.join_ids([], [5, 6, 7]))  # no prompt: its first token has no probability
     chances = torch.randn(80, generator=torch.Generator().manual_seed(0)).double()
     rows = (data.collate([example], 0) for example in examples)
     alone = torch.cat([dpo.sequence_logps(model(ids), ids, mask) for ids, mask in rows])
@@ -416,7 +417,7 @@ def test_the_pipeline_on_somebodys_own_text_and_pairs(tmp_path):
         (["--optimizer=adam"], "--optimizer must be sgd or adamw, not adam"),
         (["--dtype=int8"], "--dtype must be float32 or bfloat16, not int8"),
         (["--device=tpu9"], "--device tpu9 is not available here"),
-        (["--out=/dev/null/x"], "cannot write to --out /dev/null/x"),
+        (["--out=README.md/x"], "cannot write to --out README.md/x"),
         (["--init=nowhere.pt"], "there is no nowhere.pt: run `python train_sft.py` first"),
         (["--init=README.md"], "README.md is not a whole checkpoint"),
     ],
@@ -471,6 +472,7 @@ def test_a_loss_that_is_not_finite_stops_and_keeps_the_last_good_weights(village
     assert (tmp_path / "dpo.pt").read_bytes() == good
 
 
+@needs_unix
 def test_ctrl_c_leaves_whole_files_and_one_line(village, tmp_path):
     flags = [
         "--init",
