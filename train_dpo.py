@@ -229,14 +229,13 @@ def train_step(policy, optimizer, sides, given, pad, beta, loss_fn=loss_and_metr
     of either, (B,) each.
     """
     parts = []
-    for k in range(grad_accum):
+    for k in range(grad_accum):  # every grad_accum-th pair, from the k-th on
         examples = [example for side in sides for example in side[k::grad_accum]]
         policy_logps = evaluate.response_logps(policy, examples, pad)  # (2B / grad_accum,)
         lengths = torch.tensor([sum(mask) for _, mask in examples], device=policy_logps.device)
         known = [tensor[k::grad_accum].to(policy_logps.device) for tensor in given]
         losses, metrics = loss_fn(policy_logps, lengths, *known, beta)
-        loss = losses.mean() / grad_accum
-        loss.backward()
+        (losses.mean() / grad_accum).backward()
         parts.append({"loss": losses.detach().mean(), **metrics})
     metrics = {name: sum(part[name] for part in parts) / grad_accum for name in parts[0]}
     return metrics | {"grad_norm": take_step(metrics["loss"], policy, optimizer)}
