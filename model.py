@@ -161,9 +161,10 @@ def sample(logits, temperature, generator=None):
     if logits.dtype != torch.float64:
         logits = logits.float()
     cumulative = F.softmax(logits / temperature, dim=-1).cumsum(dim=-1)  # (B, V)
-    # The token at which it passes a uniform number: torch.multinomial draws V numbers for that.
-    chance = torch.rand(len(logits), 1, generator=generator, device=logits.device)
-    return (cumulative[:, :-1] <= chance).sum(dim=-1, keepdim=True)
+    # The token at which it reaches a uniform share of its end, which rounding keeps from being 1.
+    # (torch.multinomial draws V numbers a row, for which a CPU needs longer than for the model.)
+    chance = 1 - torch.rand(len(logits), 1, generator=generator, device=logits.device)  # (0, 1]
+    return (cumulative < chance * cumulative[:, -1:]).sum(dim=-1, keepdim=True)
 
 
 def save(path, model, **extra):

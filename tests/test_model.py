@@ -22,9 +22,9 @@ def slow_generate(model, prompts, limit, generator):
     for _ in range(limit):
         logits = torch.cat([model(torch.tensor([texts[i]]))[:, -1] for i in rows])
         tokens = []
-        for p, chance in zip(logits.softmax(-1), torch.rand(len(rows), generator=generator)):
+        for p, chance in zip(logits.softmax(-1), 1 - torch.rand(len(rows), generator=generator)):
             token, passed = 0, p[0]
-            while passed <= chance and token < len(p) - 1:
+            while passed < chance:
                 token += 1
                 passed = passed + p[token]
             tokens.append(token)
@@ -59,6 +59,17 @@ def test_sampled_frequencies_match_the_models_probabilities(model):
     seen = torch.bincount(torch.tensor(replies)[:, 0], minlength=7) / count
     # Five standard deviations of a binomial share.
     assert ((seen - p).abs() < 5 * (p * (1 - p) / count).sqrt()).all()
+
+
+@pytest.mark.parametrize("number, token", [(1 - 2**-24, 20), (0.0, 40)])
+def test_no_chance_takes_a_token_without_probability(monkeypatch, number, token):
+    """torch.rand's smallest and largest numbers; of 64 tokens three have a probability, which
+    float32 sums to a little less than one."""
+    logits = torch.full((1, 64), -1e4)
+    logits[0, [20, 30, 40]] = torch.tensor([0.3, 0.1, -0.64])
+    assert F.softmax(logits, -1).cumsum(-1)[0, -1] < 1
+    monkeypatch.setattr(torch, "rand", lambda *size, **_: torch.full(size, number))
+    assert gpt.sample(logits, 1.0).item() == token
 
 
 def test_temperature_zero_takes_the_likeliest(model):
