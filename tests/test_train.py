@@ -302,6 +302,32 @@ def test_logits_stay_below_a_quarter_of_a_gigabyte(setup):
         assert max(shape[0] for shape in seen) == rows and sum(shape[0] for shape in seen) == 20
 
 
+def test_no_example_of_many_is_lost_between_chunks(setup):
+    """One token after one token, five thousand times: a table look-up gives what is due."""
+    model, count = setup[0], 5000
+    x, y = (
+        torch.randint(708, (count,), generator=torch.Generator().manual_seed(i)) for i in (0, 1)
+    )
+    examples = [data.join_ids([a], [b]) for a, b in zip(x.tolist(), y.tolist())]
+    table = model(torch.arange(708)[:, None])[:, 0].log_softmax(dim=1)  # (V, V)
+    torch.testing.assert_close(evaluate.known_logps(model, examples, 0), table[x, y])
+
+
+def test_the_caches_of_a_large_model_stay_below_a_gigabyte(tokenizer):
+    """2^28 floats: with k and v of 2^26 a response, four at a time."""
+    asked = []
+
+    def generate(prompts, end, limit, generator):
+        asked.append(len(prompts))
+        return [[end]] * len(prompts)
+
+    size = SimpleNamespace(n_layer=2**5, n_embd=2**10, block_size=2**10)
+    model = SimpleNamespace(config=size, wte=KnownReference.wte, generate=generate)
+    config = SimpleNamespace(seed=0, max_new_tokens=24)
+    _, texts = evaluate.sample_responses(model, tokenizer, ["Who?"] * 10, config, "")
+    assert asked == [4, 4, 2] and texts == [""] * 10
+
+
 def test_accumulated_gradients_are_the_whole_batchs(setup, tokenizer):
     reference, pairs, config = setup
     runs = []
