@@ -162,7 +162,7 @@ def sample(logits, temperature, generator=None):
         logits = logits.float()
     cumulative = F.softmax(logits / temperature, dim=-1).cumsum(dim=-1)  # (B, V)
     # The token at which it reaches a uniform share of its end, which rounding keeps from being 1.
-    # (torch.multinomial draws V numbers a row, for which a CPU needs longer than for the model.)
+    # (torch.multinomial draws V numbers a row instead of one, which is slow on a CPU.)
     chance = 1 - torch.rand(len(logits), 1, generator=generator, device=logits.device)  # (0, 1]
     return (cumulative < chance * cumulative[:, -1:]).sum(dim=-1, keepdim=True)
 
