@@ -213,7 +213,7 @@ def loss_and_metrics(policy_logps, lengths, ref_chosen_logps, ref_rejected_logps
 
 
 def take_step(loss, model, optimizer):
-    """One step of the optimizer, after backward(), to gradients of None -> the gradient's norm."""
+    """What follows backward(): the optimizer's step, gradients cleared -> the norm they had."""
     grad_norm = torch.nn.utils.get_total_norm([p.grad for p in model.parameters()])
     if not (loss + grad_norm).isfinite():
         raise FloatingPointError(f"loss {loss.item()}, norm of its gradient {grad_norm.item()}")
