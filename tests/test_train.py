@@ -343,6 +343,32 @@ def test_accumulated_gradients_are_the_whole_batchs(setup, tokenizer):
         train_dpo.count_steps(dataclasses.replace(config, grad_accum=3), 20)
 
 
+def test_a_loss_is_handed_the_lengths_of_the_responses(setup):
+    """In tokens, prompts not counted, the chosen ones first; two passes of every second pair."""
+    model, seen = copy.deepcopy(setup[0]).requires_grad_(True), []
+    chosen = [data.join_ids([5] * 3, [6] * length) for length in (2, 9, 4, 1)]
+    rejected = [data.join_ids([5] * 8, [7] * length) for length in (3, 5, 8, 6)]
+
+    def loss_fn(policy_logps, lengths, beta):
+        seen.append(lengths.tolist())
+        return -policy_logps, {}
+
+    optimizer = torch.optim.SGD(model.parameters(), 0.01)
+    train_dpo.train_step(model, optimizer, (chosen, rejected), (), 0, 0.5, loss_fn, grad_accum=2)
+    assert seen == [[2, 4, 3, 8], [9, 1, 5, 6]]
+
+
+def test_a_gradient_that_is_not_finite_takes_no_step():
+    """√w at 0: the loss is fine, its gradient is not."""
+    model = torch.nn.Linear(1, 1, bias=False)
+    torch.nn.init.zeros_(model.weight)
+    loss = model.weight.sqrt().sum()
+    loss.backward()
+    with pytest.raises(FloatingPointError, match="loss 0.0, norm of its gradient inf"):
+        train_dpo.take_step(loss, model, torch.optim.SGD(model.parameters(), 0.1))
+    assert model.weight.item() == 0
+
+
 def test_one_step_raises_the_margin_of_its_pairs(setup):
     reference, ((chosen, rejected), (ref_chosen, ref_rejected)), config = setup
     policy = copy.deepcopy(reference).requires_grad_(True)
