@@ -22,9 +22,11 @@ def tokenizer():
 
 
 @pytest.fixture(scope="session", autouse=True)
-def one_thread():
-    """Many small batches are faster so; and the last bit depends on the number of threads."""
-    torch.set_num_threads(1)
+def threads():
+    """One, unless OMP_NUM_THREADS asks for more: small batches are faster so. The tests' processes
+    get as many, since the last bit of a sum depends on it."""
+    count = os.environ.setdefault("OMP_NUM_THREADS", "1")
+    torch.set_num_threads(int(count))
 
 
 def command(script, *flags, check=True):

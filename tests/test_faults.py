@@ -56,9 +56,7 @@ module.main()
 
 def kill(moment, count, script, flags):
     command = [sys.executable, "-c", DYING, moment, str(count), script, *flags]
-    # As many threads as here: the order of additions, and so the last bit, depends on it.
-    env = os.environ | {"OMP_NUM_THREADS": "1"}
-    run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=env)
+    run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert run.returncode == -signal.SIGKILL, run.stderr
 
 

@@ -135,8 +135,9 @@ def test_trl_takes_the_same_steps(trl, sft, pairs, tmp_path, name):
         for key in NAMES:
             # One part in 10^4; where all is 0 at first, 10^-4. What we have seen is 10^-5 at most.
             assert mine[key] == pytest.approx(their[key], rel=1e-4, abs=1e-4), f"{key}, step {i}"
-        if i:  # at step 0 the sign of a margin is rounding noise
-            assert mine["rewards/accuracies"] == their["rewards/accuracies"]
+        if i:  # at step 0 the sign of every margin is rounding noise; later, perhaps of one
+            one = 1 / config.batch_size + 1e-6
+            assert abs(mine["rewards/accuracies"] - their["rewards/accuracies"]) <= one
     before, after = sft[0].state_dict(), policy.state_dict()
     their_weights = trainer.model.transformer.state_dict()
     for name, (their_name, transposed) in gpt2.weight_names(2).items():
