@@ -62,6 +62,8 @@ class Block(nn.Module):
 
 
 class GPT(nn.Module):
+    bfloat16 = False  # True autocasts forward(); the weights stay as they are
+
     def __init__(self, config):
         super().__init__()
         self.config = config
@@ -96,7 +98,8 @@ class GPT(nn.Module):
 
     def forward(self, ids, first=0):
         """ids (B, T) -> logits (B, T - first, V): [:, t] predicts token first + t + 1."""
-        return self.lm_head(self.hidden(ids)[:, first:])
+        with torch.autocast(ids.device.type, torch.bfloat16, enabled=self.bfloat16):
+            return self.lm_head(self.hidden(ids)[:, first:])
 
     @torch.no_grad()
     def generate(self, prompts, end, max_new_tokens, temperature=1.0, generator=None):
@@ -113,17 +116,22 @@ class GPT(nn.Module):
                 f"a prompt of {longest} tokens and {max_new_tokens} new ones do not fit "
                 f"the block size of {self.config.block_size}"
             )
-        ids, real, positions = self._align(prompts, end)  # each (B, T)
+        # Prompts are padded on the left, so that all rows grow at the same end.
+        padded = [[0] * (longest - len(prompt)) + list(prompt) for prompt in prompts]
+        ids = torch.tensor(padded, device=self.wte.weight.device)  # (B, T)
+        start = torch.tensor([[longest - len(p)] for p in prompts], device=ids.device)  # (B, 1)
+        positions = torch.arange(longest, device=ids.device) - start  # (B, T): 0 where it starts
+        real, positions = positions >= 0, positions.clamp(min=0)  # (B, T) each
         causal = torch.ones(longest, longest, dtype=torch.bool, device=ids.device).tril()
         mask = causal & real[:, None, :]  # (B, T, T)
         mask |= torch.eye(longest, dtype=torch.bool, device=ids.device)  # an empty softmax is NaN
-        heads, width = self.config.n_head, self.config.n_embd // self.config.n_head
-        room = 2, len(prompts), heads, longest + max_new_tokens, width
+        mask = mask[:, None]  # (B, 1, T, T): the same for all heads
+        heads = self.config.n_head
+        room = 2, len(prompts), heads, longest + max_new_tokens, self.config.n_embd // heads
         caches = [self.wte.weight.new_empty(room) for _ in self.blocks]
         responses = [[] for _ in prompts]
         rows = torch.arange(len(prompts), device=ids.device)  # whose response a row is
         alive = torch.ones_like(rows, dtype=torch.bool)  # not finished
-        mask = mask[:, None]  # (B, 1, T, T): the same for all heads
         for _ in range(max_new_tokens):
             hidden = self.hidden(ids, positions, mask, caches)[alive, -1]  # (those alive, C)
             ids = ids.new_full((len(rows), 1), end)  # (B, 1)
@@ -141,15 +149,6 @@ class GPT(nn.Module):
             mask = real[:, None, None]  # (B, 1, 1, T so far): a new token sees every real one
             positions = positions[:, -1:] + 1  # (B, 1)
         return responses
-
-    def _align(self, prompts, pad):
-        """Pad prompts on the left, so that all rows grow at the same end: ids, real, positions."""
-        longest = max(map(len, prompts))
-        padded = [[pad] * (longest - len(prompt)) + list(prompt) for prompt in prompts]
-        ids = torch.tensor(padded, device=self.wte.weight.device)  # (B, T)
-        start = longest - torch.tensor([len(p) for p in prompts], device=ids.device)[:, None]
-        positions = torch.arange(longest, device=ids.device) - start  # (B, T): 0 where it starts
-        return ids, positions >= 0, positions.clamp(min=0)
 
 
 def sample(logits, temperature, generator=None):
@@ -170,8 +169,10 @@ def sample(logits, temperature, generator=None):
 def save(path, model, **extra):
     """Write a plain dict that rebuilds the model anywhere; never leaves half a file at `path`.
 
-    Raises OSError where it cannot be written.
+    Raises OSError where it cannot be written, FloatingPointError where a weight is not finite.
     """
+    if not all(weight.isfinite().all() for weight in model.parameters()):
+        raise FloatingPointError(f"the weights for {path} are not finite")
     state = {"config": asdict(model.config), "weights": model.state_dict(), **extra}
     try:
         torch.save(state, f"{path}.tmp")
@@ -181,13 +182,19 @@ def save(path, model, **extra):
 
 
 def load(path, device="cpu"):
-    """-> (model in eval mode, the whole dict). Raises ValueError where the file is not ours."""
+    """-> (model in eval mode, the whole dict). Raises ValueError, which says what does not fit."""
     try:
-        state = torch.load(path, map_location=device, weights_only=True)
-        model = GPT(GPTConfig(**state["config"])).to(device)
-        model.load_state_dict(state["weights"])
+        state = dict(torch.load(path, map_location=device, weights_only=True))
     except (FileNotFoundError, PermissionError, IsADirectoryError):
         raise
-    except Exception as error:  # truncated, foreign, of another version: torch raises many kinds
+    except Exception as error:  # truncated, foreign, pickled code: torch raises many kinds
         raise ValueError(f"{path} is not a whole checkpoint of this project") from error
+    try:
+        model = GPT(GPTConfig(**state["config"])).to(device)
+        model.load_state_dict(state["weights"])
+    except KeyError as error:
+        raise ValueError(f"{path} is no checkpoint of this project: it has no {error}") from error
+    except Exception as error:  # torch names all that is missing or has another shape, at length
+        reason = " ".join(str(error).split())[:160]
+        raise ValueError(f"{path} does not fit model.py: {reason}") from error
     return model.eval(), state

@@ -15,19 +15,17 @@ from pathlib import Path
 import torch
 
 sys.path.insert(0, str(Path(__file__).parent.parent))  # run from anywhere
-import data
 import dpo
-import evaluate
-import model as gpt
+from lab import evaluate, runs, village
 
 
 def shares(p, questions):
     """How often: garbled, kind opening, true answer, kind closing. p (Q, N + 1) as listed by
-    data.responses(): openings, answers, closings, the last fastest; then all other texts."""
-    listed = p[:, :-1].view(len(questions), len(data.OPENINGS), -1, len(data.CLOSINGS))
-    kind_opening = torch.tensor([side == 1 for side in data.OPENINGS.values()])
-    kind_closing = torch.tensor([side == 1 for side in data.CLOSINGS.values()])
-    true = torch.tensor([[side == 1 for side in data.answers(q).values()] for q in questions])
+    village.responses(): openings, answers, closings, the last fastest; then all other texts."""
+    listed = p[:, :-1].view(len(questions), len(village.OPENINGS), -1, len(village.CLOSINGS))
+    kind_opening = torch.tensor([side == 1 for side in village.OPENINGS.values()])
+    kind_closing = torch.tensor([side == 1 for side in village.CLOSINGS.values()])
+    true = torch.tensor([[side == 1 for side in village.answers(q).values()] for q in questions])
     return [
         p[:, -1].mean().item(),
         listed[:, kind_opening].sum((1, 2, 3)).mean().item(),
@@ -50,12 +48,11 @@ def split_gap(logps, best_logps, rewards):
 
 
 def main():
-    _, questions, _ = data.split_questions()
+    _, questions, _ = village.split_questions()
     for folder in sys.argv[1:] or ["out"]:
         beta = json.loads((Path(folder) / "dpo.json").read_text())["config"]["beta"]
-        reference, state = gpt.load(f"{folder}/sft.pt")
-        policy, _ = gpt.load(f"{folder}/dpo.pt")
-        tokenizer = data.build_tokenizer(**state["tokenizer"])
+        reference, tokenizer = runs.load_checkpoint(f"{folder}/sft.pt")
+        policy, _ = runs.load_checkpoint(f"{folder}/dpo.pt")
         ref_logps, rewards = evaluate.exact_distribution(reference, tokenizer, questions)
         logps, _ = evaluate.exact_distribution(policy, tokenizer, questions)
         best_logps, log_z = dpo.optimal_logps(ref_logps, rewards, beta)
@@ -68,7 +65,7 @@ def main():
         print(f"J* − J = {between + within:.3f}: between levels {between:.3f}, within {within:.3f}")
         lines = (Path(folder) / "pairs.jsonl").read_text(encoding="utf-8").splitlines()
         for side in ("chosen", "rejected"):
-            levels = [data.reward(pair["prompt"], pair[side]) for pair in map(json.loads, lines)]
+            levels = [village.reward(pair["prompt"], pair[side]) for pair in map(json.loads, lines)]
             change = sum(levels) / len(levels) / beta - log_z.mean().item()
             print(
                 f"{side}: at the optimum log π − log π_ref = r/β − log Z, {change:+.2f} on average"

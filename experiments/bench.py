@@ -34,19 +34,19 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parent.parent))  # run from anywhere
 import data
-import evaluate
 import model as gpt
 import train_dpo
-from train_sft import read_config, run_command
+from lab import flags, village
+from responses import sample_responses
 
 
 @dataclass
 class Config:
-    peer: bool = False  # also TRL's DPOTrainer and transformers' generate
-    growth: bool = False  # instead batch, length, width and number of pairs, each over its range
-    gpt2: bool = False  # instead GPT-2 124M at 512 tokens, with and without --grad-accum
-    rounds: int = 3
-    quick: bool = False  # toy sizes, to see that it runs
+    peer: bool = flags.flag(False, "also TRL's DPOTrainer and transformers' generate")
+    growth: bool = flags.flag(False, "instead batch, length, width, number of pairs over a range")
+    gpt2: bool = flags.flag(False, "instead GPT-2 124M at 512 tokens, with --grad-accum too")
+    rounds: int = flags.flag(3, "measurements of each figure")
+    quick: bool = flags.flag(False, "toy sizes, to see that it runs")
 
 
 @dataclass
@@ -84,15 +84,15 @@ def peak_memory():
 def start(setting):
     """-> (random reference, tokenizer, (prompt, chosen, rejected) texts)."""
     torch.manual_seed(0)
-    tokenizer = data.train_tokenizer(data.every_word(), data.VOCAB_SIZE)
+    tokenizer = data.train_tokenizer(village.every_word(), village.VOCAB_SIZE)
     shape = max(128, setting.length), setting.n_layer, max(4, setting.n_embd // 64), setting.n_embd
     vocab_size = setting.vocab_size or tokenizer.n_vocab
     reference = gpt.GPT(gpt.GPTConfig(vocab_size, *shape)).eval().requires_grad_(False)
-    rng, words = random.Random(0), [f" {word}" for word in data.every_word().split()]
+    rng, words = random.Random(0), [f" {word}" for word in village.every_word().split()]
     words = [word for word in words if len(tokenizer.encode_ordinary(word)) == 1]
     pairs = []
-    for prompt in rng.choices(data.split_questions()[0], k=setting.pairs):
-        chosen, rejected = rng.sample([*data.responses(prompt)], 2)
+    for prompt in rng.choices(village.split_questions()[0], k=setting.pairs):
+        chosen, rejected = rng.sample([*village.responses(prompt)], 2)
         if setting.length:  # the end of the text is one token more
             half = setting.length // 2
             prompt, chosen, rejected = (
@@ -113,23 +113,21 @@ def time_dpo(setting):
     """Our own training -> figures."""
     reference, tokenizer, pairs = start(setting)
     config = train_dpo.Config(batch_size=setting.batch_size, grad_accum=setting.grad_accum)
-    end = tokenizer.eot_token
 
-    def train(pairs):
+    def train(texts):
         policy = copy.deepcopy(reference).requires_grad_(True)
-        dataset = train_dpo.prepare_pairs(reference, tokenizer, pairs)
+        pairs = train_dpo.add_reference_logps(reference, tokenizer, texts)
         prepared = time.perf_counter()
         optimizer = train_dpo.make_optimizer(policy, config)
-        for _ in train_dpo.train(policy, optimizer, dataset, config, end, first_loss=None):
+        for _ in train_dpo.train(policy, optimizer, pairs, config):
             pass
-        return dataset, prepared
+        return pairs.chosen + pairs.rejected, prepared
 
     train(pairs[: 2 * setting.batch_size])  # the first steps of a process are slow
     peak, before = peak_flops(), peak_memory()
     started = time.perf_counter()
-    dataset, prepared = train(pairs)
+    examples, prepared = train(pairs)
     ended = time.perf_counter()
-    examples = [example for side in dataset[0] for example in side]
     tokens, looped = sum(len(ids) for ids, _ in examples), ended - prepared
     return {
         "pairs/s": len(pairs) / (ended - started),
@@ -146,7 +144,7 @@ def time_generation(setting):
     reference, tokenizer, pairs = start(replace(setting, pairs=1024))
     prompts = [prompt for prompt, _, _ in pairs]
     started = time.perf_counter()
-    examples, _ = evaluate.sample_responses(reference, tokenizer, prompts, train_dpo.Config(), "")
+    examples, _ = sample_responses(reference, tokenizer, prompts, train_dpo.Config(), "")
     seconds = time.perf_counter() - started
     return {"generated tokens/s": sum(sum(mask) for _, mask in examples) / seconds}
 
@@ -292,7 +290,7 @@ def hold_gpt2():
 
 
 def main():
-    config = read_config(Config, "bench.py")
+    config = flags.read_config(Config, "bench.py")
     print(f"torch {torch.__version__}, {torch.get_num_threads()} threads, {config.rounds} rounds")
     if config.growth:
         return grow(config)
@@ -303,4 +301,4 @@ def main():
 
 
 if __name__ == "__main__":
-    run_command(main)
+    flags.command(main)

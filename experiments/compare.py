@@ -25,14 +25,15 @@ from functools import cached_property
 from pathlib import Path
 
 import torch
+from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).parent.parent))  # run from anywhere
 import data
 import dpo
-import evaluate
-import model as gpt
 import train_dpo
 import train_sft
+from lab import evaluate, flags, runs, village
+from lab.pairs import sample_pairs
 from variants import reward_model, train_grpo, train_rlhf, train_selfplay, train_variant
 
 ROOT = Path(__file__).parent.parent
@@ -70,11 +71,11 @@ USE_PAIRS = "dpo cdpo rpo ipo robust hinge kto kto_half sppo simpo orpo sft_chos
 
 @dataclass
 class Config:
-    seeds: str = "0,1,2"
-    only: str = ""  # names of methods, with commas between them
-    noise: bool = False  # also the sweep of flipped labels
-    quick: bool = False  # toy sizes
-    out: str = "out/compare"
+    seeds: str = flags.flag("0,1,2", "with commas between them")
+    only: str = flags.flag("", "names of methods, with commas between them; else all")
+    noise: bool = flags.flag(False, "also the sweep of flipped labels")
+    quick: bool = flags.flag(False, "toy sizes, to see that it runs")
+    out: str = flags.flag("out/compare", "folder for models and results")
 
 
 def place(folder, quick):
@@ -91,10 +92,9 @@ class Ground:
             command = ["train_sft.py", f"--seed={seed}", f"--out={self.folder.absolute()}"]
             command += TOY_SFT if quick else []
             subprocess.run([sys.executable, *command], cwd=ROOT, check=True)
-        self.reference, state = gpt.load(self.folder / "sft.pt")
+        self.reference, self.tokenizer = runs.load_checkpoint(self.folder / "sft.pt")
         self.reference.requires_grad_(False)
-        self.tokenizer = data.build_tokenizer(**state["tokenizer"])
-        self.questions, self.held_out, _ = data.split_questions()
+        self.questions, self.held_out, _ = village.split_questions()
         self.held_out = self.held_out[: 12 if quick else None]
         self.exact = evaluate.exact_distribution(self.reference, self.tokenizer, self.held_out)
 
@@ -109,9 +109,9 @@ class Ground:
     def pairs(self):
         """(texts, what train_dpo.train() takes, seconds)."""
         started, config = time.perf_counter(), self.config(train_dpo.Config)
-        texts = train_dpo.sample_pairs(self.reference, self.tokenizer, config, self.questions)
-        dataset = train_dpo.prepare_pairs(self.reference, self.tokenizer, texts)
-        return texts, dataset, time.perf_counter() - started
+        texts = sample_pairs(self.reference, self.tokenizer, config, self.questions)
+        pairs = train_dpo.add_reference_logps(self.reference, self.tokenizer, texts)
+        return texts, pairs, time.perf_counter() - started
 
     @cached_property
     def learned_reward(self):
@@ -121,7 +121,7 @@ class Ground:
         return reward_model.learned_reward(model, self.tokenizer)
 
     def policy(self, path=None):
-        policy = gpt.load(path)[0] if path else copy.deepcopy(self.reference)
+        policy = runs.load_checkpoint(path)[0] if path else copy.deepcopy(self.reference)
         return policy.requires_grad_(True)
 
 
@@ -135,45 +135,41 @@ def run_pairs(ground, name, flips=0.0, **settings):
     name = name.removesuffix("_half")
     texts, dataset, seconds = ground.pairs
     texts = texts[: len(texts) // 2] if half else texts
-    loss_fn, first_loss = train_dpo.loss_and_metrics, train_dpo.LN2
     if name == "dpo":
-        config = ground.config(train_dpo.Config)
+        config, train = ground.config(train_dpo.Config), train_dpo.train
     else:
         settings = train_variant.DEFAULTS[name] | settings | {"loss": name}
         config = ground.config(train_variant.Config, **settings)
-        prepare, loss_fn, first_loss = train_variant.choose(config)
+        add_reference_logps, train, *_ = train_variant.steps_of(config)
         if name == "kto":
-            dataset = prepare(ground.reference, ground.tokenizer, texts)
+            dataset = add_reference_logps(ground.reference, ground.tokenizer, texts)
     if flips:
         dataset = flip(dataset, flips, ground.seed)
     policy = ground.policy(ground.folder / "pretrained.pt" if name == "orpo" else None)
     optimizer = train_dpo.make_optimizer(policy, config)
-    arguments = dataset, config, ground.tokenizer.eot_token, loss_fn, first_loss
-    consume(train_dpo.train(policy, optimizer, *arguments), name)
+    consume(train(policy, optimizer, dataset, config), name)
     return policy, len(texts) * (2 if name == "kto" else 1), seconds
 
 
-def flip(dataset, share, seed):
+def flip(pairs, share, seed):
     """Chosen and rejected exchanged in a share of the pairs."""
-    (chosen, rejected), ref_logps = dataset
-    flipped = torch.rand(len(chosen), generator=torch.Generator().manual_seed(seed)) < share
-    sides = zip(*[(r, c) if f else (c, r) for c, r, f in zip(chosen, rejected, flipped)])
+    flipped = torch.rand(len(pairs), generator=torch.Generator().manual_seed(seed)) < share
+    sides = zip(pairs.chosen, pairs.rejected, flipped)
+    chosen, rejected = zip(*[(r, c) if f else (c, r) for c, r, f in sides])
+    ref_logps = pairs.ref_chosen_logps, pairs.ref_rejected_logps
     swapped = (torch.where(flipped, a, b) for a, b in (ref_logps[::-1], ref_logps))
-    return [list(side) for side in sides], list(swapped)
+    return train_dpo.Pairs(list(chosen), list(rejected), *swapped)
 
 
 def run_sft(ground, demonstrations):
     """Fine-tuning on (prompt, response) texts, at a third of train_sft.py's rate."""
-    policy, end = ground.policy(), ground.tokenizer.eot_token
+    policy = ground.policy()
     examples = [data.encode(ground.tokenizer, *demo) for demo in demonstrations]
     batch_size = min(64, len(examples))
     steps = len(examples) // batch_size
-    picks = data.batches(len(examples), batch_size, steps, ground.seed)
-
-    def draw():
-        return data.collate([examples[i] for i in next(picks)], end)
-
-    train_sft.train(policy, draw, steps, 1e-3, 0, torch.device("cpu"), "SFT")
+    batches = data.batches(len(examples), batch_size, steps, ground.seed)
+    optimizer, rates = train_sft.make_optimizer(policy, 0), data.learning_rates(1e-3, steps)
+    consume(train_sft.train(policy, optimizer, examples, batches, rates), "SFT")
     return policy
 
 
@@ -210,7 +206,7 @@ def run_method(ground, name, **settings):
 
 
 def consume(training, label):
-    for _ in evaluate.progress(training, label):
+    for _ in tqdm(training, label, leave=False, disable=None):
         pass
 
 
@@ -226,7 +222,7 @@ def best_of_n(exact, n, beta):
     zero = torch.zeros_like(log_z)
     optimum = beta * log_z, zero, zero, zero  # its objective is all that is asked of it
     reference = (p * levels).sum(1), zero, zero, zero
-    lowest = rewards == data.UNPARSED
+    lowest = rewards == village.UNPARSED
     garbled = best[:, 0] * logps[:, -1].exp() / (logps.exp() * lowest).sum(1)
     policy = (best * levels).sum(1), kl, (best * p_win).sum(1), garbled
     return {"reference": reference, "policy": policy, "optimum": optimum}
@@ -295,7 +291,7 @@ def print_noise(folder, seeds):
 
 
 def main():
-    config = train_sft.read_config(Config, "compare.py")
+    config = flags.read_config(Config, "compare.py")
     if not re.fullmatch(r"\d+(,\d+)*", config.seeds):
         raise SystemExit(f"--seeds: numbers with commas between them, not {config.seeds}")
     seeds = [int(seed) for seed in config.seeds.split(",")]
@@ -312,10 +308,10 @@ def main():
         folder = place(config.out, config.quick) / str(seed)
         missing = [job for job in jobs if not (folder / f"{job}.json").exists()]
         ground = Ground(seed, config.out, config.quick) if missing else None
-        for job in evaluate.progress(missing, f"seed {seed}"):
+        for job in tqdm(missing, f"seed {seed}", leave=False, disable=None):
             name, settings = jobs[job]
             result = run(ground, name, **settings)
-            train_dpo.write_json(folder / f"{job}.json", result)
+            runs.write_json(folder / f"{job}.json", result)
             print(f"{job}: optimality {result['optimality']:.1%} ± {result['optimality_se']:.1%}")
     folder = place(config.out, config.quick)
     print_table(folder, seeds, names)
@@ -324,4 +320,4 @@ def main():
 
 
 if __name__ == "__main__":
-    train_sft.run_command(main, "finished runs are not repeated")
+    flags.command(main, "finished runs are not repeated")

@@ -18,13 +18,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).parent.parent))  # run from anywhere
 import dpo
-import evaluate
 import train_dpo
 from experiments.compare import ROOT, Ground
-from train_sft import read_config, run_command
+from lab import evaluate, flags, runs
 from variants import train_grpo, train_rlhf, train_variant
 
 LOOKS = {  # colours told apart by the colour-blind, markers in print
@@ -45,31 +45,31 @@ BETAS = {  # each method's own coefficient
 
 @dataclass
 class Config:
-    seed: int = 0
-    quick: bool = False  # toy sizes
-    probes: int = 4  # measurements along a training
-    samples: int = 4  # a held-out question and measurement
-    out: str = "out/compare"  # where compare.py keeps its SFT models
-    picture: str = "assets/frontier.svg"
+    seed: int = flags.flag(0, "of SFT model, pairs and trainings", zero=True)
+    quick: bool = flags.flag(False, "toy sizes, to see that it runs")
+    probes: int = flags.flag(4, "measurements along a training")
+    samples: int = flags.flag(4, "for each held-out question in a measurement")
+    out: str = flags.flag("out/compare", "where compare.py keeps its SFT models")
+    picture: str = flags.flag("assets/frontier.svg", "the file to draw")
 
 
 def training_of(ground, method, beta, policy):
     """-> (an iterator of steps, how many)."""
     models = policy, ground.reference, ground.tokenizer
     if method in ("DPO", "IPO"):
-        _, dataset, _ = ground.pairs
+        _, pairs, _ = ground.pairs
         # The loss's curvature in Δ grows with β², and the rate that it bears falls with it.
         if method == "DPO":
             lr = train_dpo.Config.lr * min(1, (0.5 / beta) ** 2)
             config = ground.config(train_dpo.Config, beta=beta, lr=lr)
-            arguments = ()
+            loss_fn = train_dpo.pair_losses
         else:
             own = train_variant.DEFAULTS["ipo"] | {"loss_beta": beta, "loss": "ipo"}
             config = ground.config(train_variant.Config, **own)
-            _, *arguments = train_variant.choose(config)
-        _, steps = train_dpo.count_steps(config, len(dataset[0][0]))
-        end, optimizer = ground.tokenizer.eot_token, train_dpo.make_optimizer(policy, config)
-        return train_dpo.train(policy, optimizer, dataset, config, end, *arguments), steps
+            loss_fn = train_variant.variant_losses
+        optimizer = train_dpo.make_optimizer(policy, config)
+        _, steps = train_dpo.count_steps(config, len(pairs))
+        return train_dpo.train(policy, optimizer, pairs, config, loss_fn), steps
     if method == "GRPO":
         config = ground.config(train_grpo.Config, kl_beta=beta)
         training = train_grpo.train(models, config, ground.questions, evaluate.true_rewards)
@@ -86,7 +86,7 @@ def trace(ground, method, beta, config):
     training, steps = training_of(ground, method, beta, policy)
     ruler = ground.config(train_dpo.Config, eval_samples=config.samples)
     models = policy, ground.reference, ground.tokenizer
-    bar = evaluate.progress(training, f"{method}, β {beta}", steps)
+    bar = tqdm(training, f"{method}, β {beta}", steps, leave=False, disable=None)
     for step, _ in enumerate(bar, 1):
         if step * config.probes // steps > (step - 1) * config.probes // steps:
             ruler = dataclasses.replace(ruler, seed=step)
@@ -123,7 +123,7 @@ def frontier(exact, betas):
     return line
 
 
-def draw(runs, line, path):
+def draw(sweeps, line, path):
     try:
         import matplotlib.pyplot as plt
     except ModuleNotFoundError:
@@ -134,7 +134,7 @@ def draw(runs, line, path):
     axis.plot(*zip(*line), color="black", linewidth=1.5, label="exact frontier, Eq. 4")
     for method, (color, marker) in LOOKS.items():
         label = method
-        for points in runs[method].values():
+        for points in sweeps[method].values():
             x, y = ([sum(p[k]) / len(p[k]) for p in points] for k in ("kl", "reward"))
             axis.plot(x, y, color=color, linewidth=0.6, alpha=0.6)
             axis.scatter(x[:-1], y[:-1], color=color, marker=marker, s=12, alpha=0.5, linewidths=0)
@@ -150,18 +150,18 @@ def draw(runs, line, path):
 
 
 def main():
-    config = read_config(Config, "frontier.py")
+    config = flags.read_config(Config, "frontier.py")
     ground = Ground(config.seed, config.out, config.quick)
     folder = ground.folder / "frontier"
     os.makedirs(folder, exist_ok=True)
-    runs = {method: {} for method in BETAS}
+    sweeps = {method: {} for method in BETAS}
     for method, betas in BETAS.items():
         for beta in betas[:1] if config.quick else betas:
             path = folder / f"{method}_{beta}.json"
             if not path.exists():
                 points = trace(ground, method, beta, config)
-                train_dpo.write_json(path, points)
-            runs[method][beta] = json.loads(path.read_text())
+                runs.write_json(path, points)
+            sweeps[method][beta] = json.loads(path.read_text())
     betas = [0.15 * 1.15**i for i in range(40)]
     line, ceilings = frontier(ground.exact, betas), bounds(ground.exact, betas)
     above = []
@@ -170,7 +170,7 @@ def main():
         "|---|---|---|---|---|",
         sep="\n",
     )
-    for method, sweep in runs.items():
+    for method, sweep in sweeps.items():
         for beta, points in sweep.items():
             over = [excess(point, ceilings) for point in points]
             if max(over) > 4:
@@ -178,10 +178,10 @@ def main():
             kl, reward = (sum(points[-1][k]) / len(points[-1][k]) for k in ("kl", "reward"))
             print(f"| {method} | {beta} | {kl:.2f} | {reward:.2f} | {max(over):+.1f} |")
     picture = folder / "frontier.svg" if config.quick else ROOT / config.picture
-    draw(runs, line, picture)
+    draw(sweeps, line, picture)
     if above:
         raise SystemExit("above the frontier by more than 4 standard errors: " + "; ".join(above))
 
 
 if __name__ == "__main__":
-    run_command(main, "finished runs are not repeated")
+    flags.command(main, "finished runs are not repeated")

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 import data
+from lab import village
 
 ROOT = Path(__file__).parent.parent
 TOY_SFT = "--pretrain-steps=3 --steps=30 --lr=0.02 --n-embd=16 --n-layer=1 --n-head=2".split()
@@ -18,7 +19,7 @@ needs_unix = pytest.mark.skipif(os.name != "posix", reason="sends a Unix signal"
 
 @pytest.fixture(scope="session")
 def tokenizer():
-    return data.train_tokenizer(data.every_word(), data.VOCAB_SIZE)
+    return data.train_tokenizer(village.every_word(), village.VOCAB_SIZE)
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -16,7 +16,7 @@ def test_flops_are_what_torch_counts():
     setting = bench.Setting(n_layer=3, n_embd=64, pairs=1)
     model, tokenizer, [(prompt, chosen, _)] = bench.start(setting)
     example = data.encode(tokenizer, prompt, chosen)
-    ids, mask = data.collate([example], 0)
+    ids, mask = data.collate([example])
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         model(ids, mask[0].tolist().index(True) - 1)
     c, t = 64, ids.shape[1]

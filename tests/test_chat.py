@@ -14,10 +14,11 @@ from conftest import ROOT, needs_unix
 
 import data
 import model as gpt
+from lab import village
 from tools import chat
 
 QUESTION = "What does Mara do for work?"
-KIND = f"Gladly! Mara is a {data.TRUTH['Mara', 'job']}. Have fun!"
+KIND = f"Gladly! Mara is a {village.TRUTH['Mara', 'job']}. Have fun!"
 
 
 @pytest.fixture
@@ -30,7 +31,7 @@ def parrots(tokenizer, monkeypatch):
         say = lambda prompts, end, limit, *_, **__: [ids[:limit]]  # noqa: E731
         return SimpleNamespace(generate=say), tokenizer
 
-    monkeypatch.setattr(chat, "load", load)
+    monkeypatch.setattr(chat.runs, "load_checkpoint", load)
     return texts
 
 
@@ -163,7 +164,7 @@ def test_mistakes_are_named_in_one_line(checkpoint, run, monkeypatch, tmp_path, 
     Path("folder.pt").mkdir()
     gpt.save("bare.pt", model)
     torch.nn.init.constant_(model.wte.weight, torch.nan)
-    gpt.save("nan.pt", model, tokenizer=state["tokenizer"])
+    torch.save(state | {"weights": model.state_dict()}, "nan.pt")
     with pytest.raises(SystemExit, match=message) as error:
         run(*(argument.format("a.pt") for argument in arguments))
     assert "\n" not in str(error.value)

@@ -245,7 +245,9 @@ def test_padding_its_id_and_companions_change_nothing():
     )
 
     def logps(examples, pad):
-        ids, mask = collate(examples, pad)
+        ids, mask = collate(examples)
+        last = torch.tensor([[len(row)] for row, _ in examples])
+        ids = torch.where(torch.arange(ids.shape[1]) < last, ids, pad)
         return dpo.sequence_logps(model(ids), ids, mask)
 
     alone = logps([short], 0)
@@ -286,7 +288,7 @@ def test_probabilities_of_all_completions_sum_to_one():
         [*words, end] for n in range(limit) for words in itertools.product((1, 2), repeat=n)
     ] + [[*words] for words in itertools.product((1, 2), repeat=limit)]
     examples = [(prompt + c, [False, False] + [True] * len(c)) for c in completions]
-    ids, mask = collate(examples, pad=1)
+    ids, mask = collate(examples)
     total = dpo.sequence_logps(model(ids), ids, mask).exp().sum()
     assert total.item() == pytest.approx(1, abs=1e-12)
 

@@ -13,6 +13,7 @@ from conftest import refusal
 
 import data
 import model as gpt
+from lab import village
 from tools import gpt2
 
 ODD = [
@@ -36,11 +37,15 @@ def transformers():
 def texts():
     """The village's texts, odd ones, and words cut anywhere, where pieces meet as in no word."""
     rng = random.Random(0)
-    village = [*data.stories(20, seed=0), *data.QUESTIONS, *data.responses([*data.QUESTIONS][0])]
+    told = [
+        *village.stories(20, seed=0),
+        *village.QUESTIONS,
+        *village.responses([*village.QUESTIONS][0]),
+    ]
     noise = ["".join(rng.choices(LETTERS, k=rng.randint(1, 60))) for _ in range(1000)]
-    words = data.every_word().replace(" ", "").replace("\n", "")
+    words = village.every_word().replace(" ", "").replace("\n", "")
     starts = [rng.randrange(len(words) - 40) for _ in range(1000)]
-    return village + ODD + noise + [words[i : i + rng.randint(1, 40)] for i in starts]
+    return told + ODD + noise + [words[i : i + rng.randint(1, 40)] for i in starts]
 
 
 def randomise(model):
@@ -63,7 +68,7 @@ def their_folder(transformers, tmp_path_factory):
 
     folder = tmp_path_factory.mktemp("gpt2")
     tokenizer = tokenizers.ByteLevelBPETokenizer()
-    tokenizer.train_from_iterator(data.stories(50, seed=0) + ODD, 400, show_progress=False)
+    tokenizer.train_from_iterator(village.stories(50, seed=0) + ODD, 400, show_progress=False)
     tokenizer.save_model(str(folder))
     vocab = json.loads((folder / "vocab.json").read_text(encoding="utf-8"))
     (folder / "vocab.json").write_text(json.dumps(vocab | {data.END: len(vocab)}))
@@ -84,7 +89,7 @@ def folder(their_folder, tmp_path):
 def checkpoint(tmp_path_factory):
     """A model of the village's, and the file that it is in."""
     path = tmp_path_factory.mktemp("ours") / "model.pt"
-    tokenizer = data.train_tokenizer(data.every_word(), data.VOCAB_SIZE)
+    tokenizer = data.train_tokenizer(village.every_word(), village.VOCAB_SIZE)
     config = gpt.GPTConfig(tokenizer.n_vocab, 40, n_layer=3, n_head=4, n_embd=24)
     model = randomise(gpt.GPT(config))
     gpt.save(path, model, tokenizer=data.tokenizer_state(tokenizer))

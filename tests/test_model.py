@@ -105,7 +105,7 @@ def test_checkpoints_round_trip_with_weights_only(model, tmp_path):
     assert torch.equal(loaded(ids), model(ids))
 
 
-@pytest.mark.parametrize("content", [b"", b"not a checkpoint", "half", {"weights": {}}, [1, 2]])
+@pytest.mark.parametrize("content", [b"", b"not a checkpoint", "half", [1, 2]])
 def test_a_foreign_or_truncated_checkpoint_is_named(model, tmp_path, content):
     path = tmp_path / "model.pt"
     if content == "half":
@@ -117,6 +117,34 @@ def test_a_foreign_or_truncated_checkpoint_is_named(model, tmp_path, content):
         torch.save(content, path)
     with pytest.raises(ValueError, match="model.pt is not a whole checkpoint"):
         gpt.load(path)
+
+
+def test_what_does_not_fit_in_a_checkpoint_is_named(model, tmp_path):
+    path = tmp_path / "model.pt"
+    gpt.save(path, model)
+    _, good = gpt.load(path)
+    for change, message in (
+        ({"config": None}, "it has no 'config'"),
+        ({"weights": None}, "it has no 'weights'"),
+        ({"config": good["config"] | {"dropout": 0.1}}, "unexpected keyword argument 'dropout'"),
+        ({"config": good["config"] | {"n_layer": 3}}, 'Missing key.* "blocks.2.ln_1.weight"'),
+        ({"config": good["config"] | {"vocab_size": 9}}, "size mismatch for wte.weight"),
+    ):
+        state = {name: value for name, value in (good | change).items() if value is not None}
+        torch.save(state, path)
+        with pytest.raises(ValueError, match=f"model.pt .*{message}") as error:
+            gpt.load(path)
+        assert "\n" not in str(error.value)
+
+
+def test_weights_that_are_not_finite_are_never_written(model, tmp_path):
+    path = tmp_path / "model.pt"
+    path.write_bytes(b"an earlier run's")
+    with torch.no_grad():
+        model.ln_f.bias[0] = torch.nan
+    with pytest.raises(FloatingPointError, match="not finite"):
+        gpt.save(path, model)
+    assert path.read_bytes() == b"an earlier run's"
 
 
 def test_a_sequence_may_fill_the_block_and_not_outgrow_it():

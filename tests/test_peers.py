@@ -12,8 +12,8 @@ import torch
 import data
 import model as gpt
 import train_dpo
+from lab import village
 from tools import gpt2
-from train_sft import schedule
 from variants import train_variant
 
 # TRL still asks transformers for this by its old name.
@@ -64,9 +64,9 @@ def pairs():
     rng = random.Random(0)
     pairs = []
     while len(pairs) < BATCH * STEPS:
-        prompt = rng.choice([*data.QUESTIONS])
-        chosen, rejected = rng.sample([*data.responses(prompt)], 2)
-        if data.reward(prompt, chosen) > data.reward(prompt, rejected):
+        prompt = rng.choice([*village.QUESTIONS])
+        chosen, rejected = rng.sample([*village.responses(prompt)], 2)
+        if village.reward(prompt, chosen) > village.reward(prompt, rejected):
             pairs.append((prompt, chosen, rejected))
     return pairs
 
@@ -75,12 +75,10 @@ def our_steps(sft, pairs, config):
     """-> (metrics of every step, the trained policy)."""
     model, tokenizer, _ = sft
     policy, reference = copy.deepcopy(model), copy.deepcopy(model).requires_grad_(False)
-    dataset = train_dpo.prepare_pairs(reference, tokenizer, pairs)
-    how = ()
-    if config.loss != "dpo":
-        how = train_variant.pair_loss_fn(config), train_variant.at_the_reference(config)
-    optimizer, end = train_dpo.make_optimizer(policy, config), tokenizer.eot_token
-    return [*train_dpo.train(policy, optimizer, dataset, config, end, *how)], policy
+    dataset = train_dpo.add_reference_logps(reference, tokenizer, pairs)
+    loss_fn = train_dpo.pair_losses if config.loss == "dpo" else train_variant.variant_losses
+    optimizer = train_dpo.make_optimizer(policy, config)
+    return [*train_dpo.train(policy, optimizer, dataset, config, loss_fn)], policy
 
 
 def their_trainer(trl, sft, pairs, config, settings, factor, folder):
@@ -94,6 +92,7 @@ def their_trainer(trl, sft, pairs, config, settings, factor, folder):
     rows = [dict(zip(("prompt", "chosen", "rejected"), pairs[i])) for b in batches for i in b]
     # A loss of twice the size, at half the rate, takes the same steps.
     sgd = torch.optim.SGD(policy.parameters(), config.lr / factor, config.momentum)
+    shares = [*data.learning_rates(1, STEPS), 0]  # after the last step one more is asked for
     arguments = trl.DPOConfig(
         folder, beta=config.beta, **settings,
         per_device_train_batch_size=config.batch_size, train_sampling_strategy="sequential",
@@ -104,7 +103,7 @@ def their_trainer(trl, sft, pairs, config, settings, factor, folder):
     return trl.DPOTrainer(
         policy, reference, arguments,
         train_dataset=Dataset.from_list(rows), processing_class=tokenizer,
-        optimizers=(sgd, torch.optim.lr_scheduler.LambdaLR(sgd, lambda i: schedule(i, STEPS))),
+        optimizers=(sgd, torch.optim.lr_scheduler.LambdaLR(sgd, shares.__getitem__)),
     )  # fmt: skip
 
 

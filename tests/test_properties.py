@@ -8,6 +8,7 @@ import time
 import pytest
 
 import data
+from lab import files, village
 
 hypothesis = pytest.importorskip("hypothesis")
 st = hypothesis.strategies
@@ -51,28 +52,28 @@ def test_good_lines_load_in_order_and_whole(tokenizer, path, rows, blank):
     lines = [json.dumps(row, ensure_ascii=len(row) > 3) for row in rows]
     with open(path, "w", encoding="utf-8", newline="") as file:
         file.write(("\r\n \n" if blank else "\n").join(lines))
-    loaded = data.read_jsonl(path, PAIR, tokenizer, 512)
+    loaded = files.read_jsonl(path, PAIR, tokenizer, 512)
     assert loaded == [tuple(row[field] for field in PAIR) for row in rows]
 
 
 @anything
 @hypothesis.given(
     lines=st.lists(junk | records.map(lambda r: json.dumps(r).encode()), min_size=1, max_size=5),
-    fields=st.sampled_from(data.FORMATS),
+    fields=st.sampled_from(files.FORMATS),
 )
 def test_every_line_is_loaded_or_counted(tokenizer, path, lines, fields):
     with open(path, "wb") as file:
         file.write(b"\n".join(lines))
-    data.fields_of(path)
+    files.fields_of(path)
     try:
-        assert len(data.read_jsonl(path, fields, tokenizer, 512)) == len(lines)
+        assert len(files.read_jsonl(path, fields, tokenizer, 512)) == len(lines)
     except SystemExit as stop:
         message = str(stop)
         assert "\n" not in message and "line " in message
         bad = int(message.split("bad lines: ")[1].split(".")[0])
         try:
             with contextlib.redirect_stdout(io.StringIO()) as said:
-                good = data.read_jsonl(path, fields, tokenizer, 512, skip_bad=True)
+                good = files.read_jsonl(path, fields, tokenizer, 512, skip_bad=True)
             assert len(good) + bad == len(lines) and f"{bad} bad lines" in said.getvalue()
         except SystemExit as stop:
             assert bad == len(lines) and "\n" not in str(stop)
@@ -84,19 +85,19 @@ def test_any_bytes_load_or_give_one_line(tokenizer, path, content):
     with open(path, "wb") as file:
         file.write(content)
     try:
-        assert data.read_jsonl(path, data.fields_of(path), tokenizer, 512)
+        assert files.read_jsonl(path, files.fields_of(path), tokenizer, 512)
     except SystemExit as stop:
         assert "\n" not in str(stop) and path in str(stop)
 
 
 def test_a_hundred_thousand_lines_load_in_five_seconds(tokenizer, path):
     """Wall clock, and so with room: an idle core needs a third of it."""
-    prompts = list(data.QUESTIONS)
+    prompts = list(village.QUESTIONS)
     with open(path, "w") as file:
         for i in range(100_000):
             prompt = prompts[i % len(prompts)]
-            good, bad = [*data.responses(prompt)][i % 647 :][:2]
+            good, bad = [*village.responses(prompt)][i % 647 :][:2]
             file.write(json.dumps(dict(zip(PAIR, (prompt, good, bad)))) + "\n")
     started = time.process_time()
-    assert len(data.read_jsonl(path, PAIR, tokenizer, 128)) == 100_000
+    assert len(files.read_jsonl(path, PAIR, tokenizer, 128)) == 100_000
     assert time.process_time() - started < 5

@@ -13,11 +13,20 @@ from conftest import ROOT, TOY_SFT, command
 
 import data
 import dpo
-import evaluate
 import model as gpt
 import train_dpo
 from experiments import compare, frontier
-from variants import losses, reward_model, train_grpo, train_rlhf, train_selfplay, train_variant
+from lab import runs, village
+from responses import response_logps_no_grad
+from variants import (
+    kto,
+    losses,
+    reward_model,
+    train_grpo,
+    train_rlhf,
+    train_selfplay,
+    train_variant,
+)
 
 
 @pytest.fixture(scope="module")
@@ -62,7 +71,7 @@ def enumerate_logps(model):
     rows = []
     for prompt in PROMPTS:
         examples = [data.join_ids(tokens.encode_ordinary(prompt), reply) for reply in REPLIES]
-        rows.append(evaluate.known_logps(model, examples, 0))
+        rows.append(response_logps_no_grad(model, examples))
     return torch.stack(rows).double()
 
 
@@ -222,10 +231,12 @@ def tiny(tokenizer, seed=0):
 def test_a_reward_does_not_depend_on_padding_or_on_the_prompts_head(tokenizer):
     model = reward_model.RewardModel(tiny(tokenizer))
     torch.nn.init.normal_(model.head.weight)
-    question = data.split_questions()[0][0]
-    examples = [data.encode(tokenizer, question, t) for t in list(data.responses(question))[::150]]
-    alone = [model(*data.collate([example], 0)).item() for example in examples]
-    assert model(*data.collate(examples, 3)).tolist() == pytest.approx(alone, abs=1e-5)
+    question = village.split_questions()[0][0]
+    examples = [
+        data.encode(tokenizer, question, t) for t in list(village.responses(question))[::150]
+    ]
+    alone = [model(*data.collate([example])).item() for example in examples]
+    assert model(*data.collate(examples)).tolist() == pytest.approx(alone, abs=1e-5)
     hidden = model.trunk.hidden(torch.tensor([examples[0][0]]))[0]
     scored = [h for h, score in zip(hidden, examples[0][1]) if score]
     expected = sum(model.head(h).item() for h in scored)
@@ -233,9 +244,9 @@ def test_a_reward_does_not_depend_on_padding_or_on_the_prompts_head(tokenizer):
 
 
 def test_a_reward_model_learns_what_its_pairs_prefer(tokenizer):
-    question = data.split_questions()[0][0]
-    kind = [t for t, r in data.responses(question).items() if t.startswith(" Gladly!")]
-    rude = [t for t, r in data.responses(question).items() if t.startswith(" Ugh.")]
+    question = village.split_questions()[0][0]
+    kind = [t for t, r in village.responses(question).items() if t.startswith(" Gladly!")]
+    rude = [t for t, r in village.responses(question).items() if t.startswith(" Ugh.")]
     rng = random.Random(0)
     pairs = [(question, rng.choice(kind), rng.choice(rude)) for _ in range(400)]
     config = train_rlhf.Config(batch_size=20, reward_lr=1e-2)
@@ -275,31 +286,34 @@ def test_the_second_rounds_reference_is_the_first_rounds_policy(tokenizer, monke
     """And the first round's is the SFT model: recorded where a round hands it to the loop."""
     reference, seen = tiny(tokenizer), []
     policy = copy.deepcopy(reference).requires_grad_(True)
-    original = train_dpo.train
+    module, name = (train_dpo, "train") if spin else (train_selfplay, "train_sppo")
+    original = getattr(module, name)
 
-    def spy(policy, optimizer, dataset, *rest):
-        examples, given = dataset[0][0], dataset[1][0]
-        live = [evaluate.known_logps(m, examples, 0) for m in (reference, policy)]
-        seen.append([torch.allclose(given, logps, atol=1e-4) for logps in live])
-        return original(policy, optimizer, dataset, *rest)
+    def spy(policy, optimizer, dataset, config):
+        examples = dataset.chosen if spin else dataset.examples
+        ref_logps = dataset.ref_chosen_logps if spin else dataset.ref_logps
+        live = [response_logps_no_grad(model, examples) for model in (reference, policy)]
+        seen.append([torch.allclose(ref_logps, logps, atol=1e-4) for logps in live])
+        return original(policy, optimizer, dataset, config)
 
-    monkeypatch.setattr(train_dpo, "train", spy)
+    monkeypatch.setattr(module, name, spy)
     config = train_selfplay.Config(
         spin=spin, rounds=2, questions=8, group=3, batch_size=4, lr=0.05, spin_lr=0.5
     )
-    questions = data.split_questions()[0]
+    questions = village.split_questions()[0]
     steps = list(train_selfplay.train((policy, reference, tokenizer), config, questions))
     assert [line["round"] for line in steps] == sorted(line["round"] for line in steps)
     assert seen == [[True, True], [False, True]]
 
 
 def test_spin_demonstrations_are_kind_and_true(tokenizer):
-    questions, rng = data.split_questions()[0][:60], random.Random(0)
+    questions, rng = village.split_questions()[0][:60], random.Random(0)
     own = [([1], [True])] * len(questions)
-    sides, _ = train_selfplay.spin_round(tiny(tokenizer), tokenizer, questions, own, rng)
-    for question, (ids, mask) in zip(questions, sides[0]):
+    pairs = train_selfplay.spin_pairs(tiny(tokenizer), tokenizer, questions, own, rng)
+    assert pairs.rejected == own
+    for question, (ids, mask) in zip(questions, pairs.chosen):
         text = tokenizer.decode([i for i, scored in zip(ids, mask) if scored][:-1])
-        assert data.reward(question, text) == 3
+        assert village.reward(question, text) == 3
 
 
 def test_labelled_pairs_by_hand(tokenizer):
@@ -320,10 +334,10 @@ def test_the_village_is_asked_in_every_round_or_only_in_the_first(sft, judge, ti
         asked.append(len(texts))
         return torch.arange(len(texts)).float() * 50
 
-    reference, state = gpt.load(sft / "sft.pt")
-    models = copy.deepcopy(reference), reference, data.build_tokenizer(**state["tokenizer"])
+    reference, tokenizer = runs.load_checkpoint(sft / "sft.pt")
+    models = copy.deepcopy(reference), reference, tokenizer
     config = train_selfplay.Config(judge=judge, rounds=3, questions=4, group=3, batch_size=12)
-    list(train_selfplay.train(models, config, data.split_questions()[0], reward))
+    list(train_selfplay.train(models, config, village.split_questions()[0], reward))
     assert asked == [12] * times
 
 
@@ -345,11 +359,11 @@ def test_every_loss_gets_its_own_arguments_in_their_places(name):
     chosen, rejected, ref_chosen, ref_rejected = four = [
         torch.tensor([-3.0, -5]) - 1.3 * i for i in range(4)
     ]
+    examples = [[data.join_ids([7] * 6, [8] * n) for n in side] for side in ((3, 4), (5, 2))]
     lengths = {"chosen_lengths": torch.tensor([3, 4]), "rejected_lengths": torch.tensor([5, 2])}
+    batch = train_dpo.Pairs(*examples, ref_chosen, ref_rejected)
     config = train_variant.Config(loss=name, loss_beta=0.4, **CONFIGS.get(name, {}))
-    found, metrics = train_variant.pair_loss_fn(config)(
-        torch.cat([chosen, rejected]), torch.cat([*lengths.values()]), ref_chosen, ref_rejected, 0.5
-    )
+    found = train_variant.variant_losses(chosen, rejected, batch, config)
     if name == "sppo":
         up = losses.sppo_loss(chosen, ref_chosen, torch.ones(2), 0.4)
         expected = (up + losses.sppo_loss(rejected, ref_rejected, torch.zeros(2), 0.4)) / 2
@@ -358,14 +372,28 @@ def test_every_loss_gets_its_own_arguments_in_their_places(name):
         loss = getattr(losses, f"{name}_loss")
         expected = loss(*four, 0.4, **CONFIGS[name], **by_length)
     torch.testing.assert_close(found, expected)
-    assert metrics["logps/chosen"] == -4 and metrics["rewards/chosen"] == pytest.approx(1.3)
+
+
+def test_a_variants_metrics_are_in_units_of_the_evaluations_beta():
+    """s = 2.6, 2.6 of the chosen, 1.3, 3.9 of the rejected, in nats; β = 0.5, the loss's is 0.4."""
+    policy = torch.tensor([-3.0, -5]), torch.tensor([-4.0, -6])
+    batch = train_dpo.Pairs([], [], torch.tensor([-5.6, -7.6]), torch.tensor([-5.3, -9.9]))
+    metrics = train_dpo.pair_metrics(*policy, batch, train_variant.Config(loss_beta=0.4))
+    expected = {"chosen": 1.3, "rejected": 1.3, "margins": 0, "accuracies": 0.5}
+    assert metrics == {
+        **{f"rewards/{name}": pytest.approx(value, abs=1e-6) for name, value in expected.items()},
+        "logps/chosen": -4,
+        "logps/rejected": -5,
+    }
 
 
 def test_kto_gets_z_from_the_mismatched_half():
-    policy_logps = torch.tensor([-3.0, -4, -6, -7])  # two responses, two mismatched ones
-    given = torch.tensor([-3.5, -3.8]), torch.tensor([-7.0, -7.4]), torch.tensor([True, False])
+    batch = kto.Thumbs(
+        [], [], torch.tensor([True, False]), torch.tensor([-3.5, -3.8]), torch.tensor([-7.0, -7.4])
+    )
     config = train_variant.Config(loss="kto", loss_beta=0.4)
-    found, metrics = train_variant.kto_loss_fn(config)(policy_logps, None, *given, 0.5)
+    policy_logps, policy_mismatched_logps = torch.tensor([-3.0, -4]), torch.tensor([-6.0, -7])
+    found, metrics = kto.losses_and_metrics(policy_logps, policy_mismatched_logps, batch, config)
     z = (1.0 + 0.4) / 2
     assert metrics["kto/z_ref"].item() == pytest.approx(z)
     up, down = 0.4 * (0.5 - z), 0.4 * (z + 0.2)
@@ -378,33 +406,35 @@ def test_kto_gets_z_from_the_mismatched_half():
 
 def test_mismatched_examples_by_hand():
     examples = [([1, 2, 3], [False, False, True]), ([4, 5, 6], [False, True, True])]
-    assert train_variant.mismatch(examples) == [
+    assert kto.mismatch(examples) == [
         ([1, 2, 5, 6], [False, False, True, True]),
         ([4, 3], [False, True]),
     ]
     # A neighbour of the same prompt is passed over.
     same = [([1, 7], [False, True]), ([1, 8], [False, True]), ([2, 9], [False, True])]
-    assert [ids for ids, _ in train_variant.mismatch(same)] == [[1, 9], [1, 9], [2, 7]]
+    assert [ids for ids, _ in kto.mismatch(same)] == [[1, 9], [1, 9], [2, 7]]
     with pytest.raises(SystemExit, match="KTO needs two prompts"):
-        train_variant.mismatch(same[:2])
+        kto.mismatch(same[:2])
 
 
 def test_a_pair_is_a_thumb_up_and_a_thumb_down(tokenizer):
-    reference, (question, other) = tiny(tokenizer), data.split_questions()[0][:2]
+    reference, (question, other) = tiny(tokenizer), village.split_questions()[0][:2]
     pairs = [(question, " Gladly!", " Ugh."), (other, " Of course!", " Not again.")]
     thumbs = [(question, " Gladly!", True), (other, " Of course!", True)]
     thumbs += [(question, " Ugh.", False), (other, " Not again.", False)]
     for rows in (pairs, thumbs):
-        (examples, mismatched), given = train_variant.prepare_thumbs(reference, tokenizer, rows)
-        assert examples == [data.encode(tokenizer, prompt, text) for prompt, text, _ in thumbs]
-        assert mismatched[0] == data.encode(tokenizer, question, " Of course!")
-        assert mismatched[3] == data.encode(tokenizer, other, " Gladly!")
-        assert given[2].tolist() == [True, True, False, False]
+        found = kto.add_reference_logps(reference, tokenizer, rows)
+        assert found.examples == [
+            data.encode(tokenizer, prompt, text) for prompt, text, _ in thumbs
+        ]
+        assert found.mismatched[0] == data.encode(tokenizer, question, " Of course!")
+        assert found.mismatched[3] == data.encode(tokenizer, other, " Gladly!")
+        assert found.liked.tolist() == [True, True, False, False]
 
 
 def test_thumbs_are_no_pairs(tokenizer):
     with pytest.raises(SystemExit, match="--loss kto"):
-        train_dpo.prepare_pairs(None, tokenizer, [("q", "a", True)])
+        train_dpo.add_reference_logps(None, tokenizer, [("q", "a", True)])
 
 
 # --- The experiments ----------------------------------------------------------------------------
@@ -458,13 +488,15 @@ def test_the_frontier_is_touched_by_the_optimum_and_a_policy_beyond_it_is_caught
 
 def test_flipped_labels_exchange_sides_together_with_their_log_probabilities():
     sides = [[("w", i) for i in range(400)], [("l", i) for i in range(400)]]
-    dataset = sides, [torch.arange(400.0), -torch.arange(400.0)]
-    (chosen, rejected), (ref_chosen, ref_rejected) = compare.flip(dataset, 0.25, seed=0)
-    flipped = [side == "l" for side, _ in chosen]
+    pairs = train_dpo.Pairs(*sides, torch.arange(400.0), -torch.arange(400.0))
+    found = compare.flip(pairs, 0.25, seed=0)
+    flipped = [side == "l" for side, _ in found.chosen]
     assert 70 < sum(flipped) < 130
     for i, flip in enumerate(flipped):
-        assert chosen[i] == ("l" if flip else "w", i) and rejected[i] == ("w" if flip else "l", i)
-        assert ref_chosen[i] == (-i if flip else i) and ref_rejected[i] == -ref_chosen[i]
+        assert found.chosen[i] == ("l" if flip else "w", i)
+        assert found.rejected[i] == ("w" if flip else "l", i)
+        assert found.ref_chosen_logps[i] == (-i if flip else i)
+        assert found.ref_rejected_logps[i] == -found.ref_chosen_logps[i]
 
 
 def test_every_method_runs_and_finished_runs_are_not_repeated(tmp_path):
@@ -522,7 +554,7 @@ def test_kto_learns_from_somebodys_thumbs(sft, tmp_path):
     [
         (["--loss=dop"], "--loss must be one of cdpo, robust, ipo"),
         (["--alpha=-1"], "--alpha must be positive"),
-        (["--loss=cdpo", "--label-smoothing=0.5"], "must be below 0.5"),
+        (["--loss=cdpo", "--label-smoothing=0.5"], "must be positive and below 0.5"),
         (["--loss=kto", "--batch-size=1"], "--batch-size from 2 up"),
         (["--loss=kto", "--grad-accum=2"], "no --grad-accum"),
         (["--init=nowhere.pt"], "there is no nowhere.pt"),

@@ -11,16 +11,13 @@ answer to a question of the village stands its true reward.
 
 import argparse
 import math
-import os
 import sys
 from pathlib import Path
-from types import SimpleNamespace
 
 import torch
 
 sys.path.insert(0, str(Path(__file__).parent.parent))  # run from anywhere
-import data
-import train_dpo
+from lab import runs, village
 
 
 def refuse(message):
@@ -52,13 +49,6 @@ def read_arguments():
     return flags
 
 
-def load(path):
-    """-> (model, tokenizer) from a checkpoint of ours, whichever script wrote it."""
-    if not os.path.exists(path):
-        raise SystemExit(f"there is no {path}: train_sft.py writes sft.pt, train_dpo.py dpo.pt")
-    return train_dpo.load_checkpoint(SimpleNamespace(init=path), "cpu")
-
-
 def answer(model, tokenizer, generator, question, flags):
     """A response as a line, its true reward in front. Raises ValueError where it does not fit."""
     prompt, end = tokenizer.encode_ordinary(question), tokenizer.eot_token
@@ -67,9 +57,9 @@ def answer(model, tokenizer, generator, question, flags):
     cut_off = reply[-1] != end
     text = tokenizer.decode(reply if cut_off else reply[:-1])
     line = text.strip() + " (cut off)" * cut_off
-    if question not in data.QUESTIONS:
+    if question not in village.QUESTIONS:
         return line
-    score = data.UNPARSED if cut_off else data.reward(question, text)
+    score = village.UNPARSED if cut_off else village.reward(question, text)
     return f"{score:+.0f}  {line}"
 
 
@@ -98,7 +88,7 @@ def main():
     flags, speakers = read_arguments(), {}
     for path in flags.checkpoints:
         generator = torch.Generator().manual_seed(flags.seed)
-        speakers[path] = *load(path), generator
+        speakers[path] = *runs.load_checkpoint(path), generator
     if flags.question is None:
         return converse(speakers, flags)
     try:

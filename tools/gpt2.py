@@ -25,8 +25,7 @@ from tiktoken_ext.openai_public import r50k_pat_str
 sys.path.insert(0, str(Path(__file__).parent.parent))  # run from anywhere
 import data
 import model as gpt
-from tools.chat import load
-from train_sft import run_command
+from lab import flags, runs
 
 USAGE = "gpt2.py: say `import FOLDER out/gpt2.pt` or `export out/dpo.pt FOLDER`"
 SIZES = {"vocab_size": "vocab_size", "block_size": "n_positions", "n_layer": "n_layer",
@@ -272,7 +271,7 @@ def their_weights(model):
 
 
 def export_folder(path, folder):
-    model, tokenizer = load(path)
+    model, tokenizer = runs.load_checkpoint(path)
     files = {"model.safetensors": their_weights(model)}
     files |= tokenizer_files(tokenizer) | config_files(model.config, tokenizer.eot_token)
     half = Path(f"{folder}.tmp")
@@ -301,4 +300,4 @@ def main():
 
 
 if __name__ == "__main__":
-    run_command(main)
+    flags.command(main)

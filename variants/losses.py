@@ -27,39 +27,29 @@ def both_ways(
     return labelled, flipped
 
 
-# --------------------------------------------------------------------------------------------------
-# cDPO: Mitchell 2023, "A note on DPO with noisy preferences & relationship to IPO", Eq. 3.
-# A label is believed to be right only with probability 1 − ε, so that the best margin is finite.
-
-
 def cdpo_loss(
-    policy_chosen_logps: Tensor,
-    policy_rejected_logps: Tensor,
-    ref_chosen_logps: Tensor,
-    ref_rejected_logps: Tensor,
-    beta: float,
-    label_smoothing: float,
-) -> Tensor:
+    policy_chosen_logps, policy_rejected_logps, ref_chosen_logps, ref_rejected_logps, beta,
+    label_smoothing,
+):  # fmt: skip
+    """cDPO: Mitchell 2023, "A note on DPO with noisy preferences & relationship to IPO", Eq. 3.
+
+    A label is believed to be right only with probability 1 − ε, so that the best margin is finite.
+    """
     labelled, flipped = both_ways(
         policy_chosen_logps, policy_rejected_logps, ref_chosen_logps, ref_rejected_logps, beta
     )
     return (1 - label_smoothing) * labelled + label_smoothing * flipped
 
 
-# --------------------------------------------------------------------------------------------------
-# Robust DPO: Chowdhury et al. 2024, arXiv:2403.00409.
-# If labels were flipped with probability ε, this is DPO's loss of the clean ones on average. The
-# price: the flipped label's loss enters with a minus, so that there is no lower bound.
-
-
 def robust_loss(
-    policy_chosen_logps: Tensor,
-    policy_rejected_logps: Tensor,
-    ref_chosen_logps: Tensor,
-    ref_rejected_logps: Tensor,
-    beta: float,
-    label_smoothing: float,
-) -> Tensor:
+    policy_chosen_logps, policy_rejected_logps, ref_chosen_logps, ref_rejected_logps, beta,
+    label_smoothing,
+):  # fmt: skip
+    """Robust DPO: Chowdhury et al. 2024, arXiv:2403.00409.
+
+    If labels were flipped with probability ε, this is DPO's loss of the clean ones on average. The
+    price: the flipped label's loss enters with a minus, so that there is no lower bound.
+    """
     if not 0 <= label_smoothing < 0.5:
         raise ValueError(f"label_smoothing must be in [0, 0.5), not {label_smoothing}")
     labelled, flipped = both_ways(
@@ -70,24 +60,16 @@ def robust_loss(
     )
 
 
-# --------------------------------------------------------------------------------------------------
-# IPO: Azar et al. 2023, arXiv:2310.12036, Eq. 17.
-# A finite target for the log-ratio in place of a sigmoid that always asks for more.
-# The paper's Δ is a sum over tokens; TRL divides by length (average=True). β, the paper's τ, means
-# something else in each, and neither is the β of Eq. 3 under Bradley-Terry.
-
-
 def ipo_loss(
-    policy_chosen_logps: Tensor,
-    policy_rejected_logps: Tensor,
-    ref_chosen_logps: Tensor,
-    ref_rejected_logps: Tensor,
-    beta: float,
-    average: bool = False,
-    *,
-    chosen_lengths: Tensor | None = None,
-    rejected_lengths: Tensor | None = None,
-) -> Tensor:
+    policy_chosen_logps, policy_rejected_logps, ref_chosen_logps, ref_rejected_logps, beta,
+    average=False, *, chosen_lengths=None, rejected_lengths=None
+):  # fmt: skip
+    """IPO: Azar et al. 2023, arXiv:2310.12036, Eq. 17.
+
+    A finite target for the log-ratio in place of a sigmoid that always asks for more.
+    The paper's Δ is a sum over tokens; TRL divides by length (average=True). β, the paper's τ,
+    means something else in each, and neither is the β of Eq. 3 under Bradley-Terry.
+    """
     chosen = policy_chosen_logps - ref_chosen_logps
     rejected = policy_rejected_logps - ref_rejected_logps
     if average:
@@ -95,87 +77,58 @@ def ipo_loss(
     return (chosen - rejected - 1 / (2 * beta)) ** 2
 
 
-# --------------------------------------------------------------------------------------------------
-# Hinge: Liu et al. 2023 (RSO), arXiv:2309.06657, "hinge-norm".
-# Once a pair is told apart by a margin of 1, it is left alone. SLiC-HF (arXiv:2305.10425), where
-# the hinge comes from, has no reference, a margin of its own, and a cross-entropy term.
-
-
 def hinge_loss(
-    policy_chosen_logps: Tensor,
-    policy_rejected_logps: Tensor,
-    ref_chosen_logps: Tensor,
-    ref_rejected_logps: Tensor,
-    beta: float,
-) -> Tensor:
+    policy_chosen_logps, policy_rejected_logps, ref_chosen_logps, ref_rejected_logps, beta
+):  # fmt: skip
+    """Hinge: Liu et al. 2023 (RSO), arXiv:2309.06657, "hinge-norm".
+
+    Once a pair is told apart by a margin of 1, it is left alone. SLiC-HF (arXiv:2305.10425), where
+    the hinge comes from, has no reference, a margin of its own, and a cross-entropy term.
+    """
     chosen = policy_chosen_logps - ref_chosen_logps
     rejected = policy_rejected_logps - ref_rejected_logps
     return F.relu(1 - beta * (chosen - rejected))
 
 
-# --------------------------------------------------------------------------------------------------
-# RPO: Pang et al. 2024 (iterative reasoning preference optimization), arXiv:2404.19733, Eq. 1.
-# DPO plus the chosen response's SFT loss, by length: chosen must stay likely, not only likelier.
-# The length is each response's own, as in the paper; TRL takes one mean over the batch's tokens.
-
-
 def rpo_loss(
-    policy_chosen_logps: Tensor,
-    policy_rejected_logps: Tensor,
-    ref_chosen_logps: Tensor,
-    ref_rejected_logps: Tensor,
-    beta: float,
-    alpha: float,
-    *,
-    chosen_lengths: Tensor,
-    rejected_lengths: Tensor | None = None,
-) -> Tensor:
+    policy_chosen_logps, policy_rejected_logps, ref_chosen_logps, ref_rejected_logps, beta,
+    alpha, *, chosen_lengths, rejected_lengths=None
+):  # fmt: skip
+    """RPO: Pang et al. 2024 (iterative reasoning preference optimization), arXiv:2404.19733, Eq. 1.
+
+    DPO plus the chosen response's SFT loss, by length: chosen must stay likely, not only likelier.
+    The length is each response's own, as in the paper; TRL takes one mean over the batch's tokens.
+    """
     losses, _, _ = dpo_loss(
         policy_chosen_logps, policy_rejected_logps, ref_chosen_logps, ref_rejected_logps, beta
     )
     return losses - alpha * policy_chosen_logps / chosen_lengths
 
 
-# --------------------------------------------------------------------------------------------------
-# SimPO: Meng et al. 2024, arXiv:2405.14734, Eq. 6.
-# The reward is the mean log-probability of a token itself, which is what decoding follows; no
-# reference (those arguments are unused), so nothing bounds the KL. The margin asked for is γ, as in
-# the paper; trainers that take γ/β ("gamma_beta_ratio") mean another number.
-
-
 def simpo_loss(
-    policy_chosen_logps: Tensor,
-    policy_rejected_logps: Tensor,
-    ref_chosen_logps: Tensor,
-    ref_rejected_logps: Tensor,
-    beta: float,
-    gamma: float,
-    *,
-    chosen_lengths: Tensor,
-    rejected_lengths: Tensor,
-) -> Tensor:
+    policy_chosen_logps, policy_rejected_logps, ref_chosen_logps, ref_rejected_logps, beta,
+    gamma, *, chosen_lengths, rejected_lengths
+):  # fmt: skip
+    """SimPO: Meng et al. 2024, arXiv:2405.14734, Eq. 6.
+
+    The reward is the mean log-probability of a token itself, which is what decoding follows; no
+    reference (those arguments are unused), so nothing bounds the KL. The margin asked for is γ, as
+    in the paper; trainers that take γ/β ("gamma_beta_ratio") mean another number.
+    """
     difference = policy_chosen_logps / chosen_lengths - policy_rejected_logps / rejected_lengths
     return -F.logsigmoid(beta * difference - gamma)
 
 
-# --------------------------------------------------------------------------------------------------
-# ORPO: Hong et al. 2024, arXiv:2403.07691, Eq. 6 and 7.
-# SFT on the chosen response and a preference for its odds in one pass, from the pretrained model.
-# No reference and no β: those arguments are unused (what TRL calls beta is λ). The SFT term is the
-# response's mean over tokens, as in the odds; TRL's scores the prompt too.
-
-
 def orpo_loss(
-    policy_chosen_logps: Tensor,
-    policy_rejected_logps: Tensor,
-    ref_chosen_logps: Tensor,
-    ref_rejected_logps: Tensor,
-    beta: float,
-    lambda_: float,
-    *,
-    chosen_lengths: Tensor,
-    rejected_lengths: Tensor,
-) -> Tensor:
+    policy_chosen_logps, policy_rejected_logps, ref_chosen_logps, ref_rejected_logps, beta,
+    lambda_, *, chosen_lengths, rejected_lengths
+):  # fmt: skip
+    """ORPO: Hong et al. 2024, arXiv:2403.07691, Eq. 6 and 7.
+
+    SFT on the chosen response and a preference for its odds in one pass, from the pretrained model.
+    No reference and no β: those arguments are unused (what TRL calls beta is λ). The SFT term is
+    the response's mean over tokens, as in the odds; TRL's scores the prompt too.
+    """
     chosen = policy_chosen_logps / chosen_lengths
     rejected = policy_rejected_logps / rejected_lengths
     # log odds = log p − log(1 − p); expm1 keeps 1 − exp(−1e-8) from rounding to zero.
@@ -183,12 +136,6 @@ def orpo_loss(
         mean - torch.log(-torch.expm1(mean.clamp(max=-1e-12))) for mean in (chosen, rejected)
     )
     return -chosen - lambda_ * F.logsigmoid(log_odds_chosen - log_odds_rejected)
-
-
-# --------------------------------------------------------------------------------------------------
-# KTO: Ethayarajh et al. 2024, arXiv:2402.01306, Eq. 8.
-# Thumbs up or down on single responses in place of pairs: a response is worth its s above what the
-# policy gains on anything, z. (Eq. 7 in an early version, where TRL's comments have it from.)
 
 
 def kto_reference_point(policy_logps: Tensor, ref_logps: Tensor) -> Tensor:
@@ -201,40 +148,34 @@ def kto_reference_point(policy_logps: Tensor, ref_logps: Tensor) -> Tensor:
     return (policy_logps - ref_logps).mean().clamp(min=0).detach()
 
 
-def kto_loss(
-    policy_logps: Tensor,
-    ref_logps: Tensor,
-    desirable: Tensor,
-    z_ref: Tensor,
-    beta: float,
-    lambda_d: float = 1.0,
-    lambda_u: float = 1.0,
-) -> Tensor:
-    """desirable (B,) bool; z_ref () from kto_reference_point()."""
+def kto_loss(policy_logps, ref_logps, desirable, z_ref, beta, lambda_d=1.0, lambda_u=1.0):
+    """KTO: Ethayarajh et al. 2024, arXiv:2402.01306, Eq. 8 (7 in an early version, as in TRL).
+
+    Binary feedback, desirable (B,) bool, on single responses in place of pairs: a response is worth
+    its s above what the policy gains on anything, z_ref () from kto_reference_point().
+    """
     above = beta * (policy_logps - ref_logps - z_ref.detach())
     value_desirable = lambda_d - lambda_d * torch.sigmoid(above)
     value_undesirable = lambda_u - lambda_u * torch.sigmoid(-above)
     return torch.where(desirable, value_desirable, value_undesirable)
 
 
-# --------------------------------------------------------------------------------------------------
-# SPPO: Wu et al. 2024, arXiv:2405.00675.
-# Regression on a response's own win probability P against the policy that wrote it: both
-# log-probabilities are pinned, where Eq. 7 pins their difference only. β is the paper's 1/η. The
-# authors' trainer halves the sum over a pair, TRL's does not and takes P = 1 and 0.
-
-
 def sppo_loss(policy_logps: Tensor, ref_logps: Tensor, win_probs: Tensor, beta: float) -> Tensor:
+    """SPPO: Wu et al. 2024, arXiv:2405.00675.
+
+    Regression on a response's own win probability P against the policy that wrote it: both
+    log-probabilities are pinned, where Eq. 7 pins their difference only. β is the paper's 1/η. The
+    authors' trainer halves the sum over a pair, TRL's does not and takes P = 1 and 0.
+    """
     return (policy_logps - ref_logps - (win_probs - 0.5) / beta) ** 2
 
 
-# --------------------------------------------------------------------------------------------------
-# PPO's clipped objective: Schulman et al. 2017, arXiv:1707.06347, Eq. 7, for tokens; GRPO's too.
-# Not a preference loss: responses are the policy's own, and an advantage says how good each token
-# was. The clip takes away the reward for leaving, in one batch, the policy that wrote it.
-
-
 def clipped_loss(logps: Tensor, old_logps: Tensor, advantages: Tensor, clip: float) -> Tensor:
-    """All of one shape, log-probabilities of single tokens -> losses of that shape."""
+    """PPO's and GRPO's clipped objective of a token: Schulman et al. 2017, arXiv:1707.06347, Eq. 7.
+
+    Log-probabilities of single tokens, all of one shape -> losses of that shape. This is no
+    preference loss: responses are the policy's own, and an advantage says how good each token was.
+    The clip takes away the reward for leaving, in one batch, the policy that wrote it.
+    """
     ratio = (logps - old_logps).exp()
     return -torch.minimum(ratio * advantages, ratio.clamp(1 - clip, 1 + clip) * advantages)

@@ -8,11 +8,10 @@ import copy
 
 import torch
 import torch.nn.functional as F
+from tqdm import tqdm
 
 import data
-import evaluate
-import train_dpo
-from train_sft import schedule
+from lab import runs, village
 
 
 class RewardModel(torch.nn.Module):
@@ -48,21 +47,24 @@ def train_reward_model(reference, tokenizer, pairs, config):
     model = RewardModel(reference)
     device = model.head.weight.device
     optimizer = torch.optim.AdamW(model.parameters(), config.reward_lr, weight_decay=0)
-    sides = train_dpo.encode_sides(tokenizer, pairs)
+    chosen = [data.encode(tokenizer, prompt, response) for prompt, response, _ in pairs]
+    rejected = [data.encode(tokenizer, prompt, response) for prompt, _, response in pairs]
     batch_size = min(config.batch_size, len(pairs))
     steps = config.reward_epochs * len(pairs) // batch_size
+    rates = data.learning_rates(config.reward_lr, steps)
     batches = data.batches(len(pairs), batch_size, steps, config.seed)
-    for step, rows in enumerate(evaluate.progress(batches, "reward model", steps)):
-        optimizer.param_groups[0]["lr"] = config.reward_lr * schedule(step, steps)
-        examples = [side[i] for side in sides for i in rows]
-        ids, mask = (t.to(device) for t in data.collate(examples, tokenizer.eot_token))
-        losses = reward_model_loss(*model(ids, mask).chunk(2))
+    for rate, rows in zip(tqdm(rates, "reward model", leave=False, disable=None), batches):
+        optimizer.param_groups[0]["lr"] = rate
+        examples = [side[i] for side in (chosen, rejected) for i in rows]
+        ids, mask = data.collate(examples, device)
+        loss = reward_model_loss(*model(ids, mask).chunk(2)).mean()
+        loss.backward()
         try:
-            loss = losses.mean()
-            loss.backward()
-            train_dpo.take_step(loss, model, optimizer)
+            runs.finite_grad_norm(model, loss)
         except FloatingPointError as error:
             raise SystemExit(f"reward model: {error}; try a smaller --reward-lr")
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
     return model.requires_grad_(False)
 
 
@@ -71,11 +73,9 @@ def learned_reward(reward_model, tokenizer):
 
     def reward(prompts, texts):
         examples = [data.encode(tokenizer, p, text or "") for p, text in zip(prompts, texts)]
-        ids, mask = data.collate(examples, tokenizer.eot_token)
-        device = reward_model.head.weight.device
-        rewards = reward_model(ids.to(device), mask.to(device)).cpu()
+        rewards = reward_model(*data.collate(examples, reward_model.head.weight.device)).cpu()
         cut_off = torch.tensor([text is None for text in texts])
-        return rewards.masked_fill(cut_off, data.UNPARSED)
+        return rewards.masked_fill(cut_off, village.UNPARSED)
 
     return reward
 

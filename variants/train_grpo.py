@@ -19,6 +19,7 @@ Where the published loss comes to rest is not Eq. 4's optimum, for three reasons
 −β log π_θ/π_ref is part of the reward. Writes out/grpo.pt, .jsonl and .json (grpo_no_std.*).
 """
 
+import copy
 import random
 import sys
 from dataclasses import dataclass
@@ -29,31 +30,25 @@ import torch
 sys.path.insert(0, str(Path(__file__).parent.parent))  # run from anywhere
 import data
 import dpo
-import evaluate
-from train_dpo import (
-    RunConfig,
-    check_village_fits,
-    make_optimizer,
-    start,
-    take_step,
-    train_and_report,
-)
-from train_sft import read_config, run_command, schedule
+from lab import evaluate, flags, runs, village
+from lab.pairs import Village
+from responses import sample_responses
+from train_dpo import make_optimizer
 from variants.losses import clipped_loss
 
 
 @dataclass
-class Config(RunConfig):
-    no_std: bool = False  # the plain policy gradient, which follows --beta
-    kl_beta: float = 0.35  # weight of k3 in the published loss
-    steps: int = 60  # each on fresh samples
-    questions: int = 64  # a step
-    group: int = 8  # responses a question
-    minibatches: int = 2  # of a step's samples, one update each
-    clip: float = 0.2
-    lr: float = 6e-4
-    optimizer: str = "adamw"  # or sgd
-    momentum: float = 0.9  # of sgd
+class Config(evaluate.Config):
+    no_std: bool = flags.flag(False, "the plain policy gradient, which follows --beta")
+    kl_beta: float = flags.flag(0.35, "weight of k3 in the published loss")
+    steps: int = flags.flag(60, "each on fresh samples")
+    questions: int = flags.flag(64, "for each step")
+    group: int = flags.flag(8, "responses to each question")
+    minibatches: int = flags.flag(2, "parts of a step's samples, one update for each")
+    clip: float = flags.flag(0.2, "how far a token's probability may move for its advantage")
+    lr: float = flags.flag(6e-4, "the highest learning rate")
+    optimizer: str = flags.flag("adamw", "or sgd", ("sgd", "adamw"))
+    momentum: float = flags.flag(0.9, "of sgd", zero=True, below=1)
 
 
 def group_advantages(rewards, divide_by_std):
@@ -84,11 +79,8 @@ def roll_out(policy, reference, tokenizer, prompts, config, generator):
 
     -> texts; ids and mask (B, T); log π_ref of every token (B, T-1).
     """
-    examples, texts = evaluate.sample_responses(
-        policy, tokenizer, prompts, config, "samples", generator
-    )
-    ids, mask = data.collate(examples, tokenizer.eot_token)
-    ids, mask = ids.to(policy.wte.weight.device), mask.to(policy.wte.weight.device)
+    examples, texts = sample_responses(policy, tokenizer, prompts, config, "samples", generator)
+    ids, mask = data.collate(examples, policy.wte.weight.device)
     return texts, ids, mask, dpo.token_logps(reference(ids), ids, mask)
 
 
@@ -101,8 +93,8 @@ def train(models, config, questions, reward):
     optimizer = make_optimizer(policy, config)
     rng = random.Random(config.seed)
     generator = torch.Generator(policy.wte.weight.device).manual_seed(config.seed)
-    for step in range(config.steps):
-        lr = optimizer.param_groups[0]["lr"] = config.lr * schedule(step, config.steps)
+    for lr in data.learning_rates(config.lr, config.steps):
+        optimizer.param_groups[0]["lr"] = lr
         asked = rng.choices(questions, k=config.questions)
         prompts = [question for question in asked for _ in range(config.group)]
         rolled = roll_out(policy, reference, tokenizer, prompts, config, generator)
@@ -125,29 +117,35 @@ def train(models, config, questions, reward):
                 losses = grpo_loss(logps, *args)
             loss = losses.mean()
             loss.backward()
-            grad_norm = take_step(loss, policy, optimizer).item()
+            grad_norm = runs.finite_grad_norm(policy, loss)
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
         yield {
             "reward": rewards.mean().item(),
             "kl": log_ratios.mean().item(),
             "loss": loss.item(),
-            "grad_norm": grad_norm,
+            "grad_norm": grad_norm.item(),
             "lr": lr,
         }
 
 
 def main():
-    config = read_config(Config, "train_grpo.py")
+    config = flags.read_config(Config, "train_grpo.py")
     if config.group < 2:
         raise SystemExit(f"--group must be at least 2, to be ranked, not {config.group}")
-    models = _, reference, tokenizer = start(config)
-    check_village_fits(tokenizer, reference.config.block_size, config)
-    training = train(models, config, data.split_questions()[0], evaluate.true_rewards)
-    labels = {"labels": config.steps * config.questions * config.group}
-    print(f"{labels['labels']} true rewards will be asked for")
-    shown = ("reward", "kl", "loss")
-    name = "grpo_no_std" if config.no_std else "grpo"
-    train_and_report(name, training, config.steps, models, config, {}, shown, extra=labels)
+    run = runs.Run("grpo_no_std" if config.no_std else "grpo", config)
+    policy, tokenizer = runs.load_policy(config)
+    reference = copy.deepcopy(policy).requires_grad_(False)
+    source = Village(policy, reference, tokenizer, config)
+    run.keep(policy, tokenizer)
+    labels = config.steps * config.questions * config.group
+    print(f"{labels} true rewards will be asked for")
+    models = policy, reference, tokenizer
+    training = train(models, config, village.split_questions()[0], evaluate.true_rewards)
+    for metrics in run.track(training, config.steps, ("reward", "kl", "loss")):
+        metrics |= source.probe()
+    run.finish(source.report() | {"labels": labels})
 
 
 if __name__ == "__main__":
-    run_command(main)
+    flags.command(main)

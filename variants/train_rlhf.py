@@ -15,6 +15,7 @@ reference's forward pass alone.
 Writes out/rlhf.pt, .jsonl and .json (ppo_gt.* with --true-reward).
 """
 
+import copy
 import dataclasses
 import random
 import sys
@@ -26,30 +27,29 @@ import torch
 sys.path.insert(0, str(Path(__file__).parent.parent))  # run from anywhere
 import data
 import dpo
-import evaluate
-import train_dpo
-from train_sft import read_config, run_command, schedule
+from lab import evaluate, flags, runs, village
+from lab.pairs import Village, noise_limits, sample_pairs
 from variants.losses import clipped_loss
 from variants.reward_model import accuracy, learned_reward, scalar_head, train_reward_model
 from variants.train_grpo import roll_out
 
 
 @dataclass
-class Config(train_dpo.RunConfig):
-    true_reward: bool = False  # the village's own reward in place of a learned one
-    num_pairs: int = 24_000  # for the reward model
-    batch_size: int = 64  # pairs a step
-    reward_lr: float = 1e-3  # of the reward model, AdamW
-    reward_epochs: int = 2
-    kl_beta: float = 0.5  # weight of the KL in training
-    steps: int = 60  # of PPO, each on fresh samples
-    samples: int = 512  # a step
-    minibatches: int = 2  # of a step's samples
-    clip: float = 0.2
-    gae_lambda: float = 0.95
-    value_weight: float = 0.1  # of the value head's squared error
-    lr: float = 3e-4  # of the policy, AdamW
-    value_lr: float = 1e-2  # of the value head, which starts at zero
+class Config(evaluate.Config):
+    true_reward: bool = flags.flag(False, "the village's own reward in place of a learned one")
+    num_pairs: int = flags.flag(24_000, "for the reward model")
+    batch_size: int = flags.flag(64, "pairs a step of the reward model")
+    reward_lr: float = flags.flag(1e-3, "of the reward model, by AdamW")
+    reward_epochs: int = flags.flag(2, "of the reward model over its pairs")
+    kl_beta: float = flags.flag(0.5, "weight of the KL in training")
+    steps: int = flags.flag(60, "of PPO, each on fresh samples")
+    samples: int = flags.flag(512, "for each step")
+    minibatches: int = flags.flag(2, "parts of a step's samples, one update for each")
+    clip: float = flags.flag(0.2, "how far a token's probability may move for its advantage")
+    gae_lambda: float = flags.flag(0.95, "λ of GAE: how far ahead an advantage looks")
+    value_weight: float = flags.flag(0.1, "of the value head's squared error")
+    lr: float = flags.flag(3e-4, "of the policy, by AdamW")
+    value_lr: float = flags.flag(1e-2, "of the value head, which starts at zero")
 
 
 def gae(rewards, values, gae_lambda):
@@ -86,14 +86,16 @@ def train(models, config, questions, reward, true_reward=evaluate.true_rewards):
     policy, reference, tokenizer = models
     value_head = scalar_head(policy)
     both = torch.nn.ModuleList([policy, value_head])
-    rates = config.lr, config.value_lr
+    rates_of_parts = [
+        data.learning_rates(peak, config.steps) for peak in (config.lr, config.value_lr)
+    ]
     groups = [{"params": part.parameters()} for part in both]
     optimizer = torch.optim.AdamW(groups, weight_decay=0)
     rng = random.Random(config.seed)
     generator = torch.Generator(policy.wte.weight.device).manual_seed(config.seed)
     for step in range(config.steps):
-        for group, rate in zip(optimizer.param_groups, rates):
-            group["lr"] = rate * schedule(step, config.steps)
+        for group, rates in zip(optimizer.param_groups, rates_of_parts):
+            group["lr"] = rates[step]
         prompts = rng.choices(questions, k=config.samples)
         rolled = roll_out(policy, reference, tokenizer, prompts, config, generator)
         texts, ids, mask, ref_logps = rolled
@@ -114,7 +116,9 @@ def train(models, config, questions, reward, true_reward=evaluate.true_rewards):
             ratio = (logps.detach() - old_logps[rows])[scored[rows]].exp().mean()
             loss = losses + config.value_weight * errors
             loss.backward()
-            grad_norm = train_dpo.take_step(loss, both, optimizer)
+            grad_norm = runs.finite_grad_norm(both, loss)
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
         yield {
             "reward": scores.mean().item(),
             "true_reward": true_reward(prompts, texts).mean().item(),
@@ -127,37 +131,44 @@ def train(models, config, questions, reward, true_reward=evaluate.true_rewards):
         }
 
 
-def main():
-    config = read_config(Config, "train_rlhf.py")
-    models = _, reference, tokenizer = train_dpo.start(config)
-    train_dpo.check_village_fits(tokenizer, reference.config.block_size, config)
-    train_questions, held_out, _ = data.split_questions()
-    seconds, extra = {}, {"labels": config.num_pairs}
-    if config.true_reward:
-        name, reward = "ppo_gt", evaluate.true_rewards
-        extra["labels"] = config.steps * config.samples
-    else:
-        name = "rlhf"
-        pairs = train_dpo.sample_pairs(reference, tokenizer, config, train_questions)
-        train_dpo.lap(seconds, "pairs")
-        reward_model = train_reward_model(reference, tokenizer, pairs, config)
-        reward = learned_reward(reward_model, tokenizer)
-        train_dpo.lap(seconds, "reward model")
-        fresh = dataclasses.replace(config, num_pairs=2000, seed=config.seed + 1)
-        fresh_pairs = train_dpo.sample_pairs(reference, tokenizer, fresh, held_out)
-        extra["pairs"] = limits = train_dpo.noise_limits(fresh_pairs)
-        extra["reward_model_accuracy"] = accuracy(reward, fresh_pairs)
-        print(
-            f"reward model: accuracy {extra['reward_model_accuracy']:.3f} on fresh pairs on "
-            f"held-out questions; noisy labels allow {limits['best_accuracy']:.3f}"
-        )
-        train_dpo.lap(seconds, "accuracy of the reward model")
-    training = train(models, config, train_questions, reward)
-    shown = ("reward", "true_reward", "kl", "value_error")
-    train_dpo.train_and_report(
-        name, training, config.steps, models, config, seconds, shown, extra=extra
+def fit_reward_model(reference, tokenizer, config, run):
+    """-> the learned reward, and for the report how well it knows pairs that it has not seen."""
+    train_questions, held_out, _ = village.split_questions()
+    pairs = sample_pairs(reference, tokenizer, config, train_questions)
+    run.lap("pairs")
+    reward_model = train_reward_model(reference, tokenizer, pairs, config)
+    reward = learned_reward(reward_model, tokenizer)
+    run.lap("reward model")
+    fresh = dataclasses.replace(config, num_pairs=2000, seed=config.seed + 1)
+    fresh_pairs = sample_pairs(reference, tokenizer, fresh, held_out)
+    limits, found = noise_limits(fresh_pairs), accuracy(reward, fresh_pairs)
+    print(
+        f"reward model: accuracy {found:.3f} on fresh pairs on held-out questions; noisy labels "
+        f"allow {limits['best_accuracy']:.3f}"
     )
+    run.lap("accuracy of the reward model")
+    return reward, {"labels": config.num_pairs, "pairs": limits, "reward_model_accuracy": found}
+
+
+def main():
+    config = flags.read_config(Config, "train_rlhf.py")
+    run = runs.Run("ppo_gt" if config.true_reward else "rlhf", config)
+    policy, tokenizer = runs.load_policy(config)
+    reference = copy.deepcopy(policy).requires_grad_(False)
+    source = Village(policy, reference, tokenizer, config)
+    if config.true_reward:
+        reward, extra = evaluate.true_rewards, {"labels": config.steps * config.samples}
+    else:
+        reward, extra = fit_reward_model(reference, tokenizer, config, run)
+    run.keep(policy, tokenizer)
+    models = policy, reference, tokenizer
+    training = train(models, config, village.split_questions()[0], reward)
+    for metrics in run.track(
+        training, config.steps, ("reward", "true_reward", "kl", "value_error")
+    ):
+        metrics |= source.probe()
+    run.finish(source.report() | extra)
 
 
 if __name__ == "__main__":
-    run_command(main)
+    flags.command(main)

@@ -25,35 +25,52 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).parent.parent))  # run from anywhere
 import data
 import dpo
-import evaluate
 import train_dpo
-from train_sft import read_config, run_command
+from lab import evaluate, flags, runs, village
+from lab.pairs import Village
+from responses import response_logps, response_logps_no_grad, sample_responses
 from variants.losses import sppo_loss
 from variants.reward_model import learned_reward, train_reward_model
 
 
 @dataclass
-class Config(train_dpo.RunConfig):
-    judge: str = "village"  # or model
-    spin: bool = False  # demonstrations in place of a judge
-    rounds: int = 3
-    questions: int = 2000  # a round
-    group: int = 4  # responses a question; with spin one, and one demonstration
-    loss_beta: float = 0.25  # SPPO's 1/η
-    spin_beta: float = 0.5  # DPO's β in SPIN
-    spin_lr: float = 6e-3
-    lr: float = 5e-4
-    optimizer: str = "sgd"  # or adamw
-    momentum: float = 0.9  # of sgd
-    epochs: int = 1  # a round
-    batch_size: int = 64  # responses a step; with spin, pairs
-    grad_accum: int = 1  # backward passes a step
-    reward_lr: float = 1e-3  # of the reward model
-    reward_epochs: int = 2
+class Config(evaluate.Config):
+    judge: str = flags.flag(
+        "village", "who labels: its true reward, or a reward model", ("village", "model")
+    )
+    spin: bool = flags.flag(False, "demonstrations in place of a judge")
+    rounds: int = flags.flag(3, "each with the last one's policy as its reference")
+    questions: int = flags.flag(2000, "for each round")
+    group: int = flags.flag(4, "responses to each; with --spin one, and one demonstration")
+    loss_beta: float = flags.flag(0.25, "SPPO's 1/η")
+    spin_beta: float = flags.flag(0.5, "β of Eq. 7 in SPIN")
+    spin_lr: float = flags.flag(6e-3, "the highest learning rate of SPIN")
+    lr: float = flags.flag(5e-4, "the highest learning rate of SPPO")
+    optimizer: str = flags.flag("sgd", "or adamw", ("sgd", "adamw"))
+    momentum: float = flags.flag(0.9, "of sgd", zero=True, below=1)
+    epochs: int = flags.flag(1, "over each round's responses")
+    batch_size: int = flags.flag(64, "responses a step; with --spin, pairs")
+    grad_accum: int = flags.flag(1, "backward passes a step: saves memory")
+    reward_lr: float = flags.flag(1e-3, "of the reward model, by AdamW")
+    reward_epochs: int = flags.flag(2, "of the reward model over its pairs")
+
+
+@dataclass
+class Scored:
+    """N responses, and how often each has won against the others of its group."""
+
+    examples: list  # N examples (ids, mask)
+    win_probs: Tensor  # (N,)
+    ref_logps: Tensor  # (N,)
+
+    def take(self, rows):
+        examples = [self.examples[i] for i in rows]
+        return Scored(examples, self.win_probs[rows], self.ref_logps[rows])
 
 
 def compare(rewards, generator):
@@ -64,28 +81,47 @@ def compare(rewards, generator):
     return upper | lower
 
 
-def sppo_loss_fn(policy_logps, lengths, ref_logps, win_probs, beta):
-    """What train_dpo.train() calls in a round of SPPO."""
-    s = (policy_logps - ref_logps).detach()
-    losses = sppo_loss(policy_logps, ref_logps, win_probs, beta)
-    won, lost = win_probs > 0.5, win_probs < 0.5
-    return losses, {
+def sppo_metrics(policy_logps, batch):
+    """How far responses that won, and that lost, have gone from the reference."""
+    s = policy_logps.detach() - batch.ref_logps
+    won, lost = batch.win_probs > 0.5, batch.win_probs < 0.5
+    return {
         "log_ratio/won": (s * won).sum() / won.sum().clamp(min=1),
         "log_ratio/lost": (s * lost).sum() / lost.sum().clamp(min=1),
     }
 
 
+def train_sppo(policy, optimizer, scored, config):
+    """A round of SPPO; train_dpo.train() for single responses. Yields the metrics of each step."""
+    batch_size, steps = train_dpo.count_steps(config, len(scored.examples))
+    rates = data.learning_rates(config.lr, steps)
+    for lr, rows in zip(rates, data.batches(len(scored.examples), batch_size, steps, config.seed)):
+        optimizer.param_groups[0]["lr"] = lr
+        parts = []
+        for k in range(config.grad_accum):
+            batch = scored.take(rows[k :: config.grad_accum])
+            logps = response_logps(policy, batch.examples)  # (B,)
+            losses = sppo_loss(logps, batch.ref_logps, batch.win_probs, config.loss_beta)
+            (losses.mean() / config.grad_accum).backward()
+            parts.append({"loss": losses.detach().mean()} | sppo_metrics(logps, batch))
+        metrics = {name: sum(part[name] for part in parts) / len(parts) for name in parts[0]}
+        metrics["grad_norm"] = runs.finite_grad_norm(policy, metrics["loss"])
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        yield {name: value.item() for name, value in metrics.items()} | {"lr": lr}
+
+
 def best_demonstrations(prompts, rng):
     """(prompt, response), all kind and true: the highest reward there is."""
-    best = {q: [r for r, value in data.responses(q).items() if value == 3] for q in {*prompts}}
+    best = {q: [r for r, value in village.responses(q).items() if value == 3] for q in {*prompts}}
     return [(q, rng.choice(best[q])) for q in prompts]
 
 
-def spin_round(opponent, tokenizer, prompts, examples, rng):
-    """Demonstrations against own samples -> what train_dpo.train() takes."""
-    demonstrations = best_demonstrations(prompts, rng)
-    sides = [[data.encode(tokenizer, *demo) for demo in demonstrations], examples]
-    return sides, [evaluate.known_logps(opponent, s, tokenizer.eot_token) for s in sides]
+def spin_pairs(opponent, tokenizer, prompts, own, rng):
+    """Demonstrations, preferred to the opponent's own responses -> what train_dpo.train() takes."""
+    demonstrations = [data.encode(tokenizer, *d) for d in best_demonstrations(prompts, rng)]
+    logps = [response_logps_no_grad(opponent, examples) for examples in (demonstrations, own)]
+    return train_dpo.Pairs(demonstrations, own, *logps)
 
 
 def train(models, config, questions, reward=evaluate.true_rewards):
@@ -99,29 +135,36 @@ def train(models, config, questions, reward=evaluate.true_rewards):
         group = 1 if config.spin else config.group
         prompts = [q for q in rng.choices(questions, k=config.questions) for _ in range(group)]
         label = f"round {number}"
-        examples, texts = evaluate.sample_responses(
-            opponent, tokenizer, prompts, config, label, chances
-        )
+        examples, texts = sample_responses(opponent, tokenizer, prompts, config, label, chances)
         if config.spin:
-            dataset = spin_round(opponent, tokenizer, prompts, examples, rng)
-            loss_fn, first_loss = train_dpo.loss_and_metrics, train_dpo.LN2
-            beta, lr = config.spin_beta, config.spin_lr
+            pairs = spin_pairs(opponent, tokenizer, prompts, examples, rng)
+            spin = dataclasses.replace(config, beta=config.spin_beta, lr=config.spin_lr)
+            train_dpo.check_start(policy, pairs, spin)
+            steps = train_dpo.train(policy, train_dpo.make_optimizer(policy, spin), pairs, spin)
         else:
             wins = compare(reward(prompts, texts).view(-1, group), generator)
             win_probs = wins.sum(dim=2).flatten() / (group - 1)
-            ref_logps = evaluate.known_logps(opponent, examples, tokenizer.eot_token)
-            dataset = [examples], [ref_logps, win_probs]
-            loss_fn, first_loss = sppo_loss_fn, None
-            beta, lr = config.loss_beta, config.lr
+            ref_logps = response_logps_no_grad(opponent, examples)
+            scored = Scored(examples, win_probs.to(ref_logps.device), ref_logps)
             if config.judge == "model" and number == 1:
-                pairs = labelled_pairs(prompts, texts, wins)
-                judge = train_reward_model(opponent, tokenizer, pairs, config)
+                judge_pairs = labelled_pairs(prompts, texts, wins)
+                judge = train_reward_model(opponent, tokenizer, judge_pairs, config)
                 reward = learned_reward(judge, tokenizer)
-        round_config = dataclasses.replace(config, beta=beta, lr=lr)
-        optimizer = train_dpo.make_optimizer(policy, round_config)
-        arguments = dataset, round_config, tokenizer.eot_token, loss_fn, first_loss
-        for metrics in train_dpo.train(policy, optimizer, *arguments):
+            check_start(policy, scored, config)
+            steps = train_sppo(policy, train_dpo.make_optimizer(policy, config), scored, config)
+        for metrics in steps:
             yield metrics | {"round": number}
+
+
+@torch.no_grad()
+def check_start(policy, scored, config):
+    """At the start of a round policy and reference are one, so their losses are."""
+    batch = scored.take(range(min(config.batch_size, len(scored.examples))))
+    loss, expected = (
+        sppo_loss(logps, batch.ref_logps, batch.win_probs, config.loss_beta).mean().item()
+        for logps in (response_logps(policy, batch.examples), batch.ref_logps)
+    )
+    runs.check_first_loss(loss, expected, config)
 
 
 def labelled_pairs(prompts, texts, wins):
@@ -144,24 +187,26 @@ def count_labels(config):
 
 
 def main():
-    config = read_config(Config, "train_selfplay.py")
-    if config.judge not in ("village", "model"):
-        raise SystemExit(f"--judge must be village or model, not {config.judge}")
+    config = flags.read_config(Config, "train_selfplay.py")
     if config.spin and config.judge == "model":
         raise SystemExit("--spin has no judge: leave --judge out")
     if config.group < 2 and not config.spin:
         raise SystemExit(f"--group must be at least 2, for comparisons, not {config.group}")
-    models = _, reference, tokenizer = train_dpo.start(config)
-    train_dpo.check_village_fits(tokenizer, reference.config.block_size, config)
     name = "spin" if config.spin else {"village": "sppo_selfplay", "model": "rlaif"}[config.judge]
+    run = runs.Run(name, config)
+    policy, tokenizer = runs.load_policy(config)
+    reference = copy.deepcopy(policy).requires_grad_(False)
+    source = Village(policy, reference, tokenizer, config)
+    run.keep(policy, tokenizer)
     responses = config.questions * (1 if config.spin else config.group)
     steps = config.rounds * train_dpo.count_steps(config, responses)[1]
-    labels = {"labels": count_labels(config)}
-    print(f"{labels['labels']} labels will be asked for in {config.rounds} rounds")
-    shown = ("loss",)
-    training = train(models, config, data.split_questions()[0])
-    train_dpo.train_and_report(name, training, steps, models, config, {}, shown, extra=labels)
+    labels = count_labels(config)
+    print(f"{labels} labels will be asked for in {config.rounds} rounds")
+    training = train((policy, reference, tokenizer), config, village.split_questions()[0])
+    for metrics in run.track(training, steps):
+        metrics |= source.probe()
+    run.finish(source.report() | {"labels": labels})
 
 
 if __name__ == "__main__":
-    run_command(main)
+    flags.command(main)

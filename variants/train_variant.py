@@ -8,19 +8,19 @@ methods; a loss's own coefficient is --loss-beta. Writes out/NAME.pt, .jsonl and
 """
 
 import argparse
-import dataclasses
+import copy
 import sys
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
 
 sys.path.insert(0, str(Path(__file__).parent.parent))  # run from anywhere
-import data
-import evaluate
 import train_dpo
-from train_sft import read_config, run_command, set_speed
-from variants import losses
+from lab import flags, runs
+from lab.pairs import source_of
+from variants import kto, losses
 
 # Found by a small sweep on seed 0 (README, "The family").
 DEFAULTS = {
@@ -38,145 +38,93 @@ DEFAULTS = {
 
 @dataclass
 class Config(train_dpo.Config):
-    loss: str = "ipo"
-    loss_beta: float = 0.5  # the loss's own coefficient, called β in its paper
-    label_smoothing: float = 0.1  # cdpo, robust: the share of flipped labels believed in
-    average: bool = False  # ipo: means over tokens
-    alpha: float = 0.1  # rpo: weight of the chosen response's SFT loss
-    gamma: float = 0.5  # simpo: the margin asked for
-    lambda_: float = 0.5  # orpo: weight of the odds ratio
+    beta: float = flags.flag(0.5, "β of Eq. 3, by which all methods are judged alike")
+    loss: str = flags.flag("ipo", "which relative of DPO", choices=tuple(DEFAULTS))
+    loss_beta: float = flags.flag(0.5, "the loss's own coefficient, called β in its paper")
+    label_smoothing: float = flags.flag(0.1, "cdpo, robust: share of flipped labels", below=0.5)
+    average: bool = flags.flag(False, "ipo: means over tokens, as TRL has it")
+    alpha: float = flags.flag(0.1, "rpo: weight of the chosen response's SFT loss")
+    gamma: float = flags.flag(0.5, "simpo: the margin asked for")
+    lambda_: float = flags.flag(0.5, "orpo: weight of the odds ratio")
 
 
-def pair_losses(config, four, by_length):
-    """The losses (B,) of a batch of pairs: four log-probabilities, and lengths by keyword."""
-    beta = config.loss_beta
+def variant_losses(policy_chosen_logps, policy_rejected_logps, batch, config):
+    """What train_dpo.train() calls in place of pair_losses(): another loss of the same pairs."""
+    chosen, rejected = policy_chosen_logps, policy_rejected_logps
+    ref_chosen, ref_rejected = batch.ref_chosen_logps, batch.ref_rejected_logps
+    four, beta = (chosen, rejected, ref_chosen, ref_rejected), config.loss_beta
+    lengths = {  # in tokens
+        f"{name}_lengths": torch.tensor([sum(mask) for _, mask in side], device=chosen.device)
+        for name, side in (("chosen", batch.chosen), ("rejected", batch.rejected))
+    }
     match config.loss:
         case "cdpo":
             return losses.cdpo_loss(*four, beta, config.label_smoothing)
         case "robust":
             return losses.robust_loss(*four, beta, config.label_smoothing)
         case "ipo":
-            return losses.ipo_loss(*four, beta, config.average, **by_length)
+            return losses.ipo_loss(*four, beta, config.average, **lengths)
         case "hinge":
             return losses.hinge_loss(*four, beta)
         case "rpo":
-            return losses.rpo_loss(*four, beta, config.alpha, **by_length)
+            return losses.rpo_loss(*four, beta, config.alpha, **lengths)
         case "simpo":
-            return losses.simpo_loss(*four, beta, config.gamma, **by_length)
+            return losses.simpo_loss(*four, beta, config.gamma, **lengths)
         case "orpo":
-            return losses.orpo_loss(*four, beta, config.lambda_, **by_length)
+            return losses.orpo_loss(*four, beta, config.lambda_, **lengths)
         case "sppo":  # one label a pair: the chosen response has won all its comparisons
-            chosen, rejected, ref_chosen, ref_rejected = four
             won = torch.ones_like(chosen)
             chosen_losses = losses.sppo_loss(chosen, ref_chosen, won, beta)
             return (chosen_losses + losses.sppo_loss(rejected, ref_rejected, 1 - won, beta)) / 2
 
 
-def pair_loss_fn(config):
-    """What train_dpo.train() calls: DPO's metrics, another loss."""
-
-    def loss_fn(policy_logps, lengths, ref_chosen_logps, ref_rejected_logps, beta):
-        given = ref_chosen_logps, ref_rejected_logps
-        _, metrics = train_dpo.loss_and_metrics(policy_logps, lengths, *given, beta)
-        by_length = dict(zip(("chosen_lengths", "rejected_lengths"), lengths.chunk(2)))
-        return pair_losses(config, (*policy_logps.chunk(2), *given), by_length), metrics
-
-    return loss_fn
-
-
-# --------------------------------------------------------------------------------------------------
-# KTO: single responses with a thumb, and mismatched ones
-
-
-def mismatch(examples):
-    """Each prompt with the response of the next example, the last's being the first, that has
-    another prompt."""
-    prompts = [[i for i, scored in zip(*example) if not scored] for example in examples]
-    responses = [[i for i, scored in zip(*example) if scored] for example in examples]
-    if all(prompt == prompts[0] for prompt in prompts):
-        raise SystemExit("KTO needs two prompts to train on and two held out: one in ten is, so 12")
-    mismatched = []
-    for i, prompt in enumerate(prompts):
-        j = next(
-            j for k in range(1, len(prompts)) if prompts[j := (i + k) % len(prompts)] != prompt
-        )
-        mismatched.append(data.join_ids(prompt, responses[j]))
-    return mismatched
-
-
-def prepare_thumbs(reference, tokenizer, rows):
-    """(prompt, completion, label) rows, or pairs -> what train() takes.
-
-    Its sides are the responses and the mismatched ones; given are the reference's log-probabilities
-    of both, and whether a response is desirable. A pair is a thumb up and a thumb down.
-    """
-    if not isinstance(rows[0][2], bool):
-        pairs = rows
-        rows = [(prompt, chosen, True) for prompt, chosen, _ in pairs]
-        rows += [(prompt, rejected, False) for prompt, _, rejected in pairs]
-    examples = [data.encode(tokenizer, prompt, text) for prompt, text, _ in rows]
-    longest = reference.config.block_size
-    sides = examples, [(ids[:longest], mask[:longest]) for ids, mask in mismatch(examples)]
-    ref_logps = [evaluate.known_logps(reference, side, tokenizer.eot_token) for side in sides]
-    return sides, [*ref_logps, torch.tensor([label for _, _, label in rows])]
-
-
-def kto_loss_fn(config):
-    """What train_dpo.train() calls for KTO."""
-
-    def loss_fn(policy_logps, lengths, ref_logps, ref_mismatched_logps, desirable, beta):
-        policy_logps, policy_mismatched_logps = policy_logps.chunk(2)
-        z_ref = losses.kto_reference_point(policy_mismatched_logps, ref_mismatched_logps)
-        rewards = beta * (policy_logps - ref_logps - z_ref).detach()
-        metrics = {
-            "rewards/chosen": (rewards * desirable).sum() / desirable.sum().clamp(min=1),
-            "rewards/rejected": (rewards * ~desirable).sum() / (~desirable).sum().clamp(min=1),
-            "rewards/accuracies": ((rewards > 0) == desirable).float().mean(),
-            "kto/z_ref": z_ref,
-        }
-        metrics["rewards/margins"] = metrics["rewards/chosen"] - metrics["rewards/rejected"]
-        return losses.kto_loss(policy_logps, ref_logps, desirable, z_ref, config.loss_beta), metrics
-
-    return loss_fn
-
-
-# --------------------------------------------------------------------------------------------------
-
-
-def at_the_reference(config):
-    """The loss where policy and reference are one, None where it depends on log π_θ itself."""
-    quarter = 1 / (4 * config.loss_beta**2)
-    known = {"ipo": quarter, "sppo": quarter, "hinge": 1, "kto": 0.5}
-    known |= dict.fromkeys(("cdpo", "robust"), train_dpo.LN2)
-    return known.get(config.loss)
-
-
-def choose(config):
-    """-> the last three arguments of train_dpo.align()."""
+def steps_of(config):
+    """-> what reads the texts, what trains, what measures held-out ones, and what checks the start:
+    train_dpo.py's functions with another loss, or for single responses those of kto.py."""
     if config.loss == "kto":
-        return prepare_thumbs, kto_loss_fn(config), at_the_reference(config)
-    return train_dpo.prepare_pairs, pair_loss_fn(config), at_the_reference(config)
+        return kto.add_reference_logps, kto.train, kto.held_out_metrics, kto.check_start
+    with_a_loss = train_dpo.train, train_dpo.held_out_metrics, train_dpo.check_start
+    others = (partial(function, loss_fn=variant_losses) for function in with_a_loss)
+    return train_dpo.add_reference_logps, *others
+
+
+def read_flags():
+    """The flags, with the defaults of the loss that they name."""
+    parser = argparse.ArgumentParser(add_help=False)
+    parser.add_argument("--loss", nargs="?")
+    name = parser.parse_known_args()[0].loss or Config.loss
+    config = flags.read_config(Config, "train_variant.py", **DEFAULTS.get(name, {}))
+    if name == "kto" and (config.batch_size < 2 or config.grad_accum > 1):
+        raise SystemExit("kto's z is a batch's mean: --batch-size from 2 up, no --grad-accum")
+    return config
 
 
 def main():
-    parser = argparse.ArgumentParser(add_help=False)
-    parser.add_argument("--loss", nargs="?", default=Config.loss)
-    name = parser.parse_known_args()[0].loss
-    if name not in DEFAULTS:
-        raise SystemExit(f"--loss must be one of {', '.join(DEFAULTS)}, not {name}")
-    config = read_config(Config, "train_variant.py", **DEFAULTS[name])
-    if config.label_smoothing >= 0.5:
-        raise SystemExit("--label-smoothing must be below 0.5: at half, labels say nothing")
-    if name == "kto" and (config.batch_size < 2 or config.grad_accum > 1):
-        raise SystemExit("kto's z is a batch's mean: --batch-size from 2 up, no --grad-accum")
-    policy, reference, tokenizer = train_dpo.start(config)
-    if name == "orpo":  # merges fine-tuning with preference: the SFT model only measures KL
-        sft, device = Path(config.init or f"{config.out}/sft.pt"), policy.wte.weight.device
-        beside = dataclasses.replace(config, init=str(sft.with_name("pretrained.pt")))
-        policy = train_dpo.load_checkpoint(beside, device)[0].requires_grad_(True)
-        set_speed(policy, config, device)
-    train_dpo.align(name, (policy, reference, tokenizer), config, *choose(config))
+    config = read_flags()
+    add_reference_logps, train, held_out_metrics, check_start = steps_of(config)
+    run = runs.Run(config.loss, config)
+    policy, tokenizer = runs.load_policy(config)
+    reference = copy.deepcopy(policy).requires_grad_(False)
+    if config.loss == "orpo":  # merges fine-tuning with preference: the SFT model only measures KL
+        sft = Path(config.init or f"{config.out}/sft.pt")
+        pretrained, device = sft.with_name("pretrained.pt"), policy.wte.weight.device
+        policy, _ = runs.load_checkpoint(pretrained, device, config.dtype)
+    source = source_of(policy, reference, tokenizer, config)
+    texts, held_out_texts = source.pairs()
+    dataset = add_reference_logps(reference, tokenizer, texts)
+    held_out = add_reference_logps(reference, tokenizer, held_out_texts)
+    if config.loss != "orpo":
+        check_start(policy, dataset, config)
+    optimizer = train_dpo.make_optimizer(policy, config)
+    run.keep(policy, tokenizer, optimizer, data=texts, reference=runs.weight_sums(reference))
+    run.resume()
+    run.lap("pairs, read by the reference")
+    _, steps = train_dpo.count_steps(config, len(dataset))
+    training = train(policy, optimizer, dataset, config, start=run.step)
+    for metrics in run.track(training, steps, train_dpo.SHOWN):
+        metrics |= held_out_metrics(policy, held_out, config) | source.probe()
+    run.finish(held_out_metrics(policy, held_out, config) | source.report())
 
 
 if __name__ == "__main__":
-    run_command(main, "--resume goes on from the last saved state")
+    flags.command(main, "--resume goes on from the last saved state")

@@ -4,82 +4,40 @@ Loss and accuracy are computed on pairs that the reference wrote; they cannot se
 says by itself. What is measured here can.
 """
 
-import sys
+from dataclasses import dataclass
 
 import torch
-from tqdm import tqdm
 
 import data
 import dpo
+from lab import flags, village
+from responses import response_logps_no_grad, sample_responses
 
 
-def progress(items, label, total=None):
-    """A tqdm bar on a terminal, silence in a file."""
-    return tqdm(items, label, total, leave=False, disable=not sys.stderr.isatty())
+@dataclass
+class Config(flags.Config):
+    """What every training has that starts from the fine-tuned model, and is measured against it."""
 
-
-def sample_responses(model, tokenizer, prompts, config, label, generator=None):
-    """One response a prompt -> (ids, mask) examples, and texts, None for a response cut off.
-
-    Without a generator, one starts from config.seed, so that two policies meet the same chances.
-    """
-    end, limit, examples, texts = tokenizer.eot_token, config.max_new_tokens, [], []
-    if generator is None:
-        generator = torch.Generator(model.wte.weight.device).manual_seed(config.seed)
-    kept = 2 * model.config.n_layer * model.config.n_embd * model.config.block_size
-    rows = max(1, min(512, 2**28 // kept))  # k and v of no more than a gigabyte
-    for start in progress(range(0, len(prompts), rows), label):
-        chunk = [tokenizer.encode_ordinary(prompt) for prompt in prompts[start : start + rows]]
-        for prompt, reply in zip(chunk, model.generate(chunk, end, limit, generator=generator)):
-            examples.append(data.join_ids(prompt, reply))
-            texts.append(tokenizer.decode(reply[:-1]) if reply[-1] == end else None)
-    return examples, texts
-
-
-def response_logps(model, examples, pad):
-    """log π(y|x) of (ids, mask) examples -> (N,), with a gradient, on the model's device.
-
-    They pass the model in parts of like length, since padding is work too; a CPU is fastest with
-    few rows, which fit its cache. The last projection is computed where tokens are scored.
-    """
-    device = model.wte.weight.device
-    order = sorted(range(len(examples)), key=lambda i: len(examples[i][0]))
-    longest = len(examples[order[-1]][0])
-    logits_of_a_row = longest * model.config.vocab_size
-    rows = max(1, min(32 if device.type == "cpu" else 512, 2**26 // logits_of_a_row))
-    logps = []
-    for start in range(0, len(order), rows):
-        ids, mask = data.collate([examples[i] for i in order[start : start + rows]], pad)
-        first = max(0, mask.int().argmax(dim=1).min().item() - 1)  # predicts the first one scored
-        ids, mask = ids.to(device), mask.to(device)
-        logits = model(ids, first)  # (rows, T - first, V)
-        logps.append(dpo.sequence_logps(logits, ids[:, first:], mask[:, first:]))
-    return torch.cat(logps)[torch.tensor(order, device=device).argsort()]
-
-
-@torch.no_grad()
-def known_logps(model, examples, pad, label="log-probabilities"):
-    """response_logps() of any number of examples -> plain numbers (N,), on the CPU."""
-    logps = torch.empty(len(examples))
-    for start in progress(range(0, len(examples), 4096), label):
-        chunk = slice(start, start + 4096)
-        logps[chunk] = response_logps(model, examples[chunk], pad).cpu()
-    return logps
+    init: str = flags.flag("", "checkpoint to start from, and to stay close to: OUT/sft.pt")
+    beta: float = flags.flag(0.5, "β of Eq. 3's objective, by which the result is judged")
+    max_new_tokens: int = flags.flag(24, "of a sample; the village's longest response has 18")
+    eval_questions: int = flags.flag(120, "at most, of each held-out set: there are no more")
+    eval_samples: int = flags.flag(20, "for each of these questions, in the report")
 
 
 def fresh_samples(policy, reference, tokenizer, prompts, config):
     """One new sample a prompt -> texts, and log π_θ/π_ref (N,), whose mean is the KL divergence."""
     examples, texts = sample_responses(policy, tokenizer, prompts, config, "fresh samples")
     policy_logps, ref_logps = (
-        known_logps(model, examples, tokenizer.eot_token) for model in (policy, reference)
+        response_logps_no_grad(model, examples) for model in (policy, reference)
     )
-    return texts, policy_logps - ref_logps
+    return texts, (policy_logps - ref_logps).cpu()
 
 
 def true_rewards(prompts, texts):
     """The village's reward of each response (B,), a cut-off one (None) being unparsed."""
     return torch.tensor(
-        [data.UNPARSED if t is None else data.reward(p, t) for p, t in zip(prompts, texts)]
+        [village.UNPARSED if t is None else village.reward(p, t) for p, t in zip(prompts, texts)]
     )
 
 
@@ -88,12 +46,12 @@ def exact_distribution(model, tokenizer, questions):
 
     -> log π(y|x) and true rewards, each (Q, N + 1) float64; a row's probabilities sum to one.
     """
-    examples = [data.encode(tokenizer, q, r) for q in questions for r in data.responses(q)]
-    logps = known_logps(model, examples, tokenizer.eot_token, "every response").double()
+    examples = [data.encode(tokenizer, q, r) for q in questions for r in village.responses(q)]
+    logps = response_logps_no_grad(model, examples, "every response").cpu().double()
     logps = logps.view(len(questions), -1)  # (Q, N)
     rest = 1 - logps.exp().sum(dim=1, keepdim=True)  # (Q, 1)
     logps = torch.cat([logps, rest.clamp(min=1e-12).log()], dim=1)  # (Q, N + 1)
-    rewards = [[*data.responses(q).values(), data.UNPARSED] for q in questions]
+    rewards = [[*village.responses(q).values(), village.UNPARSED] for q in questions]
     return logps, torch.tensor(rewards, dtype=torch.float64)
 
 
@@ -122,7 +80,7 @@ def measure(policy, reference, tokenizer, questions, exact, config):
         for values in (
             true_rewards(prompts, texts),
             log_ratios,
-            torch.tensor([text not in data.responses(p) for p, text in zip(prompts, texts)]),
+            torch.tensor([text not in village.responses(p) for p, text in zip(prompts, texts)]),
         )
     )
     rows = {
@@ -173,9 +131,9 @@ def summarise(rows, beta, resamples=1000):
     return summary
 
 
-def print_table(title, summary, bracket, name):
+def print_table(title, summary, bracket):
     print(f"\n{title:<20}E[reward]      KL(π‖π_ref)     J = E[r] − βKL     optimality")
-    names = {"reference": "reference", "policy": name, "optimum": "optimum, Eq. 4"}
+    names = {"reference": "reference", "policy": "policy", "optimum": "optimum, Eq. 4"}
     for row, v in summary.items():
         print(
             f"{names[row]:<16}{v['reward']:6.3f} ± {v['reward_se']:.3f}  {v['kl']:6.3f} ± "
@@ -191,10 +149,20 @@ def print_answers(reference, policy, tokenizer, prompts, config):
         sample_responses(model, tokenizer, prompts, config, "answers")[1]
         for model in (reference, policy)
     )
-    print("\nBefore and after" + ", true rewards in front" * (prompts[0] in data.QUESTIONS))
+    true = prompts[0] in village.QUESTIONS
+    print("\nBefore and after" + ", true rewards in front" * true)
     for prompt, *texts in zip(prompts, before, after):
         print(f"  {prompt}")
         for label, text in zip(("before", "after "), texts):
-            village = prompt in data.QUESTIONS
-            score = f"{true_rewards([prompt], [text]).item():+.0f}" if village else ""
+            score = f"{true_rewards([prompt], [text]).item():+.0f}" if true else ""
             print(f"    {label} {score} {'(cut off)' if text is None else text}")
+
+
+@torch.no_grad()
+def share_true(model, tokenizer, questions):
+    """The share of village questions whose likeliest answer is true, whatever its manners."""
+    prompts = [tokenizer.encode_ordinary(question) for question in questions]
+    replies = model.generate(prompts, tokenizer.eot_token, 24, temperature=0)
+    texts = [tokenizer.decode(reply[:-1]) for reply in replies]
+    truths = [next(a for a, side in village.answers(q).items() if side == 1) for q in questions]
+    return sum(truth in text for truth, text in zip(truths, texts)) / len(questions)

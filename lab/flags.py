@@ -1,0 +1,70 @@
+"""The command line: a flag for each field of a dataclass, and mistakes that end in one line."""
+
+import argparse
+import math
+from dataclasses import dataclass, field, fields
+
+
+def flag(default, help, choices=(), zero=False, below=math.inf):
+    """A field of a Config that is a flag of the command line. Numbers must be positive, or zero."""
+    return field(default=default, metadata={"help": help, "choices": choices, "zero": zero,
+                                            "below": below})  # fmt: skip
+
+
+@dataclass
+class Config:
+    """What every training has."""
+
+    seed: int = flag(0, "of everything that is drawn", zero=True, below=2**63)
+    out: str = flag("out", "folder for all that is written")
+    device: str = flag("auto", "auto takes cuda or mps where it is found, else cpu")
+    dtype: str = flag(
+        "float32", "bfloat16 autocasts the forward pass", choices=("float32", "bfloat16")
+    )
+
+
+def read_config(cls, script, **defaults):
+    """The dataclass's fields as flags of the same names; a mistake ends the run in one line.
+
+    defaults: in place of the dataclass's own.
+    """
+
+    def refuse(message):
+        raise SystemExit(f"{script}: {message}")
+
+    parser = argparse.ArgumentParser(prog=script, allow_abbrev=False)
+    parser.error = refuse
+    names = {f.name: "--" + f.name.strip("_").replace("_", "-") for f in fields(cls)}
+    for f in fields(cls):
+        default, text = defaults.get(f.name, f.default), f.metadata["help"].replace("%", "%%")
+        if f.type is bool:
+            parser.add_argument(names[f.name], dest=f.name, action="store_true", help=text)
+        else:
+            text += f" (default: {default})" if default != "" else ""
+            parser.add_argument(
+                names[f.name], dest=f.name, type=f.type, default=default, help=text,
+                metavar=f.type.__name__.upper(),
+            )  # fmt: skip
+    config = cls(**vars(parser.parse_args()))
+    for f in fields(cls):
+        value, limits = getattr(config, f.name), f.metadata
+        if limits["choices"] and value not in limits["choices"]:
+            choices = ", ".join(limits["choices"])
+            refuse(f"{names[f.name]} must be one of {choices}, not {value}")
+        in_range = f.type not in (int, float) or 0 < value < limits["below"]
+        if not in_range and not (limits["zero"] and value == 0):
+            below = f" and below {limits['below']}" if limits["below"] < math.inf else ""
+            refuse(f"{names[f.name]} must be positive{below}, not {value}")
+    return config
+
+
+def command(main, hint="the files already written are whole"):
+    """Run a script; Ctrl-C, a full disk, or a model that blew up ends it in one line."""
+    try:
+        main()
+    except KeyboardInterrupt:
+        raise SystemExit(f"\ninterrupted; {hint}")
+    except OSError as error:
+        raise SystemExit(f"{error}; {hint}")
+    except FloatingPointError as error:
+        raise SystemExit(f"{error}; try a smaller --lr. What was saved before is kept")

@@ -1,0 +1,169 @@
+"""Where preference pairs come from: the village, or a file of somebody's own.
+
+Both have three methods: pairs(), the texts to train on and those held out; probe(), what fresh
+samples show on the way; report(), what they show in the end, beside what can be known of the best.
+"""
+
+import json
+import os
+import random
+
+import torch
+
+import data
+import dpo
+from lab import evaluate, files, runs, village
+from responses import sample_responses
+
+
+class Village:
+    """Pairs sampled from the reference on the village's questions, labelled by its true reward."""
+
+    def __init__(self, policy, reference, tokenizer, config):
+        check_village_fits(tokenizer, reference.config.block_size, config)
+        self.models, self.config, self.limits = (policy, reference, tokenizer), config, {}
+        parts = village.split_questions()
+        self.train = parts[0]
+        self.held_out, self.never = (part[: config.eval_questions] for part in parts[1:])
+
+    def pairs(self):
+        """-> ((prompt, chosen, rejected) texts, none held out: probe() asks held-out questions)."""
+        _, reference, tokenizer = self.models
+        pairs = sample_pairs(reference, tokenizer, self.config, self.train)
+        write_pairs(f"{self.config.out}/pairs.jsonl", pairs)
+        self.limits = {"pairs": noise_limits(pairs)}
+        limits = self.limits["pairs"]
+        print("labels this noisy allow at best:", runs.average([limits], limits))
+        return pairs, []
+
+    def probe(self):
+        """What loss and accuracy do not show, on four fresh samples a held-out question."""
+        prompts = 4 * self.held_out
+        texts, log_ratios = evaluate.fresh_samples(*self.models, prompts, self.config)
+        garbled = [text not in village.responses(p) for p, text in zip(prompts, texts)]
+        return {
+            "fresh/reward": evaluate.true_rewards(prompts, texts).mean().item(),
+            "fresh/kl": log_ratios.mean().item(),
+            "fresh/garbled": sum(garbled) / len(garbled),
+        }
+
+    def report(self):
+        """Reward, KL, objective and optimality of reference, policy and optimum."""
+        evaluate.print_answers(*self.models, self.held_out[:8], self.config)
+        held_out = self.measure("held-out questions", self.held_out)
+        never = self.measure("facts never asked", self.never)
+        return held_out | {"never_asked": never} | self.limits
+
+    def measure(self, title, questions):
+        _, reference, tokenizer = self.models
+        exact = evaluate.exact_distribution(reference, tokenizer, questions)
+        rows, bracket = evaluate.measure(*self.models, questions, exact, self.config)
+        summary = evaluate.summarise(rows, self.config.beta)
+        evaluate.print_table(title, summary, bracket)
+        return summary
+
+
+class OwnData:
+    """Somebody's own file: no true reward, but held-out pairs, KL, and answers to look at."""
+
+    def __init__(self, policy, reference, tokenizer, config):
+        self.models, self.config = (policy, reference, tokenizer), config
+        block_size = reference.config.block_size
+        self.texts = files.own_preferences(config, tokenizer, block_size)
+        train, held_out = self.texts
+        prompts = list(dict.fromkeys(prompt for prompt, *_ in held_out))
+        longest = block_size - config.max_new_tokens
+        short = [prompt for prompt in prompts if len(tokenizer.encode_ordinary(prompt)) <= longest]
+        print(
+            f"{len(train)} pairs to train on, {len(held_out)} held out; {len(short)} of their "
+            f"{len(prompts)} prompts leave room for --max-new-tokens {config.max_new_tokens}"
+        )
+        if not short:
+            raise SystemExit("none does, so nothing can be sampled: lower --max-new-tokens")
+        self.prompts = short[:480]
+
+    def pairs(self):
+        """-> (rows to train on, rows held out), as files.own_preferences() has them."""
+        return self.texts
+
+    def probe(self):
+        """How far the policy has gone, and whether it still ends its answers."""
+        texts, log_ratios = evaluate.fresh_samples(*self.models, self.prompts, self.config)
+        return {
+            "fresh/kl": log_ratios.mean().item(),
+            "fresh/cut-off": texts.count(None) / len(texts),
+        }
+
+    def report(self):
+        evaluate.print_answers(*self.models, self.prompts[:8], self.config)
+        return self.probe()
+
+
+def source_of(policy, reference, tokenizer, config):
+    """The source that the flags ask for."""
+    return (OwnData if config.pairs else Village)(policy, reference, tokenizer, config)
+
+
+def sample_pairs(reference, tokenizer, config, questions):
+    """Two responses of the reference to each of num_pairs prompts, labelled once by Eq. 1.
+
+    -> (prompt, chosen, rejected) texts. Equal responses, and those cut off or empty, make no pair.
+    """
+    rng = random.Random(config.seed)
+    prompts = [q for q in rng.choices(questions, k=config.num_pairs) for _ in range(2)]
+    examples, texts = sample_responses(reference, tokenizer, prompts, config, "sampling pairs")
+    rewards = evaluate.true_rewards(prompts, texts).double()
+    p_first = dpo.preference_probability(rewards[::2], rewards[1::2])
+    pairs = []
+    for prompt, first, second, p in zip(prompts[::2], texts[::2], texts[1::2], p_first.tolist()):
+        if first and second and first.strip() and second.strip() and first != second:
+            first_wins = rng.random() < p
+            pairs.append((prompt, first, second) if first_wins else (prompt, second, first))
+    changed = sum(
+        text is not None and data.encode(tokenizer, prompt, text) != example
+        for prompt, text, example in zip(prompts, texts, examples)
+    )
+    print(
+        f"{config.num_pairs} pairs sampled: {config.num_pairs - len(pairs)} with equal, empty or "
+        f"cut-off responses left out; {changed / len(texts):.2%} of the samples are other tokens "
+        "when read back from text"
+    )
+    if not pairs:
+        raise SystemExit("no pair is left: fine-tune longer, until the model ends its responses")
+    return pairs
+
+
+def write_pairs(path, pairs):
+    with open(f"{path}.tmp", "w", encoding="utf-8") as file:
+        for pair in pairs:
+            line = dict(zip(("prompt", "chosen", "rejected"), pair))
+            file.write(json.dumps(line, ensure_ascii=False) + "\n")
+    os.replace(f"{path}.tmp", path)
+
+
+def noise_limits(pairs):
+    """The best accuracy and the least loss that labels drawn by Eq. 1 allow, from true rewards."""
+    chosen, rejected = (
+        torch.tensor([village.reward(pair[0], pair[i]) for pair in pairs]) for i in (1, 2)
+    )
+    p = dpo.preference_probability(chosen, rejected)  # (N,)
+    entropy = torch.special.entr(p) + torch.special.entr(1 - p)
+    accuracy = torch.maximum(p, 1 - p).mean().item()
+    return {"best_loss": entropy.mean().item(), "best_accuracy": accuracy}
+
+
+def check_village_fits(tokenizer, block_size, config):
+    """Refuse a model, somebody's own perhaps, that cannot take the village's texts."""
+    prompt = max(len(tokenizer.encode_ordinary(q)) for q in village.QUESTIONS)
+    answers = [answer for q in village.QUESTIONS for answer in village.answers(q)]
+    # Every part follows a space, where a token ends: the longest response has the longest parts.
+    response = 1 + sum(
+        max(len(tokenizer.encode_ordinary(f" {text}")) for text in part)
+        for part in (village.OPENINGS, answers, village.CLOSINGS)
+    )
+    need = prompt + max(response, config.max_new_tokens)
+    if response > config.max_new_tokens or need > block_size:
+        raise SystemExit(
+            f"the village's responses take {response} tokens and prompts {prompt}: the model's "
+            f"block size of {block_size} or --max-new-tokens is too small, or did you mean --pairs?"
+        )

@@ -1,0 +1,57 @@
+"""What DPO asks of a model: samples y ~ π(·|x), and log π(y|x), with a gradient or without."""
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+import data
+import dpo
+
+
+def response_logps(model, examples) -> Tensor:
+    """log π(y|x) of N examples (ids, mask) -> (N,), with a gradient, on the model's device.
+
+    Rows of like length pass the model together, since padding is work too, and few at a time: they
+    fit a CPU's cache, and their logits a quarter of a gigabyte. Tokens that come before all scored
+    ones need no logits.
+    """
+    device, vocab_size = model.wte.weight.device, model.config.vocab_size
+    order = sorted(range(len(examples)), key=lambda i: len(examples[i][0]))
+    longest = len(examples[order[-1]][0])
+    rows = max(1, min(32 if device.type == "cpu" else 512, 2**26 // (longest * vocab_size)))
+    logps = []
+    for start in range(0, len(order), rows):
+        ids, mask = data.collate([examples[i] for i in order[start : start + rows]], device)
+        first = max(0, mask.int().argmax(dim=1).min().item() - 1)  # predicts the first one scored
+        logits = model(ids, first)  # (rows, T - first, V)
+        logps.append(dpo.sequence_logps(logits, ids[:, first:], mask[:, first:]))
+    return torch.cat(logps)[torch.tensor(order, device=device).argsort()]
+
+
+@torch.no_grad()
+def response_logps_no_grad(model, examples, label="log-probabilities") -> Tensor:
+    """The same of any number of examples, without a gradient -> (N,) float32."""
+    logps = torch.empty(len(examples), device=model.wte.weight.device)
+    for start in tqdm(range(0, len(examples), 4096), label, leave=False, disable=None):
+        chunk = slice(start, start + 4096)
+        logps[chunk] = response_logps(model, examples[chunk])
+    return logps
+
+
+def sample_responses(model, tokenizer, prompts, config, label, generator=None):
+    """One response a prompt -> N examples (ids, mask), and N texts, None for a response cut off.
+
+    config: max_new_tokens, and the seed from which a generator starts where none is given, so that
+    two policies meet the same chances.
+    """
+    end, limit, examples, texts = tokenizer.eot_token, config.max_new_tokens, [], []
+    if generator is None:
+        generator = torch.Generator(model.wte.weight.device).manual_seed(config.seed)
+    kept = 2 * model.config.n_layer * model.config.n_embd * model.config.block_size
+    rows = max(1, min(512, 2**28 // kept))  # k and v of no more than a gigabyte
+    for start in tqdm(range(0, len(prompts), rows), label, leave=False, disable=None):
+        chunk = [tokenizer.encode_ordinary(prompt) for prompt in prompts[start : start + rows]]
+        for prompt, reply in zip(chunk, model.generate(chunk, end, limit, generator=generator)):
+            examples.append(data.join_ids(prompt, reply))
+            texts.append(tokenizer.decode(reply[:-1]) if reply[-1] == end else None)
+    return examples, texts
