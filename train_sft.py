@@ -12,11 +12,11 @@ import itertools
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 
 import data
 import model as gpt
 from lab import evaluate, files, flags, runs, village
+from responses import response_logps, response_logps_no_grad
 
 
 @dataclass
@@ -38,18 +38,9 @@ class Config(flags.Config):
     batch_size: int = flags.flag(64, "examples a step")
 
 
-def token_losses(model, examples):
-    """Cross-entropy of each scored token of N examples -> (number of scored tokens,)."""
-    ids, mask = data.collate(examples, model.wte.weight.device)
-    scored = mask[:, 1:]
-    return F.cross_entropy(model(ids)[:, :-1][scored].float(), ids[:, 1:][scored], reduction="none")
-
-
-@torch.no_grad()
-def mean_loss(model, examples):
-    """The mean over all their scored tokens, in nats."""
-    chunks = (examples[start : start + 256] for start in range(0, len(examples), 256))
-    return torch.cat([token_losses(model, chunk) for chunk in chunks]).mean().item()
+def cross_entropy(logps, examples):
+    """−log π of N examples (N,) -> its mean over all their scored tokens (), in nats."""
+    return -logps.sum() / sum(sum(mask) for _, mask in examples)
 
 
 def train(model, optimizer, examples, batches, rates, start=0):
@@ -59,7 +50,8 @@ def train(model, optimizer, examples, batches, rates, start=0):
     """
     for step, rows in itertools.islice(enumerate(batches), start, None):
         optimizer.param_groups[0]["lr"] = rates[step]
-        loss = token_losses(model, [examples[i] for i in rows]).mean()
+        batch = [examples[i] for i in rows]
+        loss = cross_entropy(response_logps(model, batch), batch)
         loss.backward()
         grad_norm = runs.finite_grad_norm(model, loss)
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -73,7 +65,8 @@ def make_optimizer(model, weight_decay):
 
 
 def cut_rows(tokenizer, texts, context):
-    """Texts, each closed by end-of-text, laid end to end and cut -> examples, all tokens scored."""
+    """Texts, each closed by end-of-text, laid end to end and cut -> examples. All tokens are scored
+    but a row's first, which nothing comes before; it is the last of the row before."""
     stream = [i for text in texts for i in [*tokenizer.encode_ordinary(text), tokenizer.eot_token]]
     if len(stream) <= context:
         raise SystemExit(
@@ -81,7 +74,7 @@ def cut_rows(tokenizer, texts, context):
             f"give more text, or a --context below {context}"
         )
     rows = torch.tensor(stream).unfold(0, context + 1, context).tolist()
-    return [(row, [True] * len(row)) for row in rows]
+    return [(row, [False] + [True] * context) for row in rows]
 
 
 def fit(run, examples, held_out, batch_size, steps, lr):
@@ -89,7 +82,7 @@ def fit(run, examples, held_out, batch_size, steps, lr):
     batches = data.batches(len(examples), batch_size, steps, run.config.seed)
     rates = data.learning_rates(lr, steps)
     run.complete(train(run.model, run.optimizer, examples, batches, rates, run.step), steps)
-    loss = mean_loss(run.model, held_out)
+    loss = cross_entropy(response_logps_no_grad(run.model, held_out), held_out).item()
     print(f"{run.name}: {loss:.3f} nats a token on held-out text")
     run.finish({"held-out/loss": loss})
 

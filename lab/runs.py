@@ -145,14 +145,16 @@ class Run:
     while it runs, the model so far and what --resume needs in OUT/NAME.part.pt.
     """
 
+    last_lap = time.perf_counter()  # one clock for all trainings of a process
+
     def __init__(self, name, config):
         self.name, self.config, self.path = name, config, f"{config.out}/{name}"
-        self.step, self.seconds, self.started = 0, {}, time.perf_counter()
+        self.step, self.seconds = 0, {}
 
     def lap(self, stage):
-        """Note how long a stage took: all the time that no stage before it has taken."""
-        spent = time.perf_counter() - self.started - sum(self.seconds.values())
-        self.seconds[stage] = round(spent, 1)
+        """Note how long a stage took: all the time since the stage before it."""
+        now = time.perf_counter()
+        self.seconds[stage], Run.last_lap = round(now - Run.last_lap, 1), now
 
     def keep(self, model, tokenizer, optimizer=None, **parts):
         """Say what is to be saved. parts: what the settings do not say of this run, as its data."""

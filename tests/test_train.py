@@ -12,6 +12,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+import torch.nn.functional as F
 from conftest import ROOT, TOY_SFT, command, needs_unix, refusal, run_main
 
 import data
@@ -78,14 +79,33 @@ def test_logged_rewards_are_against_the_frozen_reference(setup):
     assert margins.mean() > 0.01
 
 
-def test_supervised_loss_is_minus_the_response_logp(setup):
-    """Fine-tuning scores the response only, each token under the one before it."""
+def test_supervised_loss_is_torchs_cross_entropy_of_the_responses_tokens(setup):
+    """The mean over all tokens of a batch, each under the one before it; prompts are not scored."""
     reference, pairs, _ = setup
     ids, mask = data.collate(pairs.chosen)
-    losses = train_sft.token_losses(reference, pairs.chosen)
-    assert len(losses) == mask.sum()
-    expected = -dpo.sequence_logps(reference(ids), ids, mask).sum()
-    torch.testing.assert_close(losses.sum(), expected)
+    targets = ids.masked_fill(~mask, -100)[:, 1:]
+    expected = F.cross_entropy(reference(ids)[:, :-1].flatten(0, 1), targets.flatten())
+    logps = responses.response_logps(reference, pairs.chosen)
+    torch.testing.assert_close(train_sft.cross_entropy(logps, pairs.chosen), expected)
+
+
+def test_a_pretraining_step_goes_down_the_cross_entropy_of_its_rows(setup, tokenizer):
+    """Every token of a row but its first is scored once, and no token is lost between rows."""
+    texts = village.stories(20, seed=0)
+    rows = train_sft.cut_rows(tokenizer, texts, context=16)
+    stream = [i for text in texts for i in [*tokenizer.encode_ordinary(text), tokenizer.eot_token]]
+    scored = [i for ids, mask in rows for i, score in zip(ids, mask) if score]
+    assert scored == stream[1 : 1 + 16 * len(rows)] and len(stream) - len(scored) <= 16
+    model = copy.deepcopy(setup[0]).requires_grad_(True)
+    ids, _ = data.collate(rows[:4])
+    loss = F.cross_entropy(model(ids)[:, :-1].flatten(0, 1), ids[:, 1:].flatten())
+    gradient = torch.autograd.grad(loss, model.ln_f.weight)[0]
+    before = model.ln_f.weight.detach().clone()
+    optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
+    (metrics,) = train_sft.train(model, optimizer, rows, [[0, 1, 2, 3]], [0.1])
+    assert metrics["loss"] == pytest.approx(loss.item(), rel=1e-5)
+    step = 0.1 * min(1, 1 / metrics["grad_norm"])  # the norm is cut at 1
+    torch.testing.assert_close(model.ln_f.weight, before - step * gradient)
 
 
 def test_a_policy_that_is_not_the_reference_is_found_before_the_first_step(setup, capsys):
