@@ -9,11 +9,6 @@ Every function takes tensors, never a model: what is here can be checked with pe
     *_logps                            log π(y|x)   summed over the response's tokens, in nats
     chosen_rewards, rejected_rewards   r̂            β log(π_θ/π_ref): Eq. 5 without its β log Z(x)
     margins                            r̂_w − r̂_l    what the sigmoid of Eq. 7 sees
-
-Departures of this repository from the paper: preference labels are sampled from Eq. 1, where the
-paper's controlled sentiment experiment (§6) labels by its classifier without noise; the optimizer
-is SGD with momentum and a cosine decay where the paper has RMSprop (the README compares);
-models and data are toys.
 """
 
 import torch

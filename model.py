@@ -88,9 +88,8 @@ class GPT(nn.Module):
         if positions is None:
             positions = torch.arange(ids.shape[1], device=ids.device)
         if ids.shape[1] > self.config.block_size:
-            raise ValueError(
-                f"{ids.shape[1]} tokens do not fit the block size of {self.config.block_size}"
-            )
+            size = self.config.block_size
+            raise ValueError(f"{ids.shape[1]} tokens do not fit the block size of {size}")
         x = self.wte(ids) + self.wpe(positions)  # (B, T, C)
         for i, block in enumerate(self.blocks):
             x = block(x, mask, caches[i] if caches else None)

@@ -18,7 +18,8 @@ from torch import Tensor
 import data
 from dpo import dpo_loss
 from lab import evaluate, flags, runs
-from lab.pairs import source_of
+from lab.flags import flag
+from lab.pairs import OwnData, Village
 from responses import response_logps, response_logps_no_grad
 
 
@@ -26,17 +27,17 @@ from responses import response_logps, response_logps_no_grad
 class Config(evaluate.Config):
     """The settings of DPO; lab/evaluate.py and lab/flags.py have those that are no part of it."""
 
-    beta: float = flags.flag(0.5, "β of Eq. 7; also of Eq. 3, by which the village judges")
-    lr: float = flags.flag(6e-3, "the highest learning rate: the best of three, README")
-    optimizer: str = flags.flag("sgd", "leaks less than adamw here, README", ("sgd", "adamw"))
-    momentum: float = flags.flag(0.9, "of sgd", zero=True, below=1)
-    epochs: int = flags.flag(1, "more learn the labels' noise by heart")
-    batch_size: int = flags.flag(64, "pairs a step")
-    grad_accum: int = flags.flag(1, "backward passes a step, each of as many pairs: saves memory")
-    num_pairs: int = flags.flag(24_000, "to sample in the village: fewer learn the facts less")
-    pairs: str = flags.flag("", "own preference file, in place of the village's pairs")
-    skip_bad: bool = flags.flag(False, "count the bad lines of that file, and go on")
-    resume: bool = flags.flag(False, "from the last saved state of the same run")
+    beta: float = flag(0.5, "β of Eq. 7; also of Eq. 3, by which the village judges")
+    lr: float = flag(6e-3, "the highest learning rate: the best of three, README")
+    optimizer: str = flag("sgd", "leaks less than adamw here, README", ("sgd", "adamw"))
+    momentum: float = flag(0.9, "of sgd", zero=True, below=1)
+    epochs: int = flag(1, "more learn the labels' noise by heart")
+    batch_size: int = flag(64, "pairs a step")
+    grad_accum: int = flag(1, "backward passes a step, each of as many pairs: saves memory")
+    num_pairs: int = flag(24_000, "to sample in the village: fewer learn the facts less")
+    pairs: str = flag("", "own preference file, in place of the village's pairs")
+    skip_bad: bool = flag(False, "count the bad lines of that file, and go on")
+    resume: bool = flag(False, "from the last saved state of the same run")
 
 
 @dataclass
@@ -60,9 +61,7 @@ def add_reference_logps(reference, tokenizer, texts):
     """(prompt, chosen, rejected) texts -> Pairs. The reference never changes, and so it reads each
     response once, here, and not again at every step."""
     if texts and isinstance(texts[0][2], bool):
-        raise SystemExit(
-            "thumbs up and down make no pairs: python variants/train_variant.py --loss kto"
-        )
+        raise SystemExit("likes make no pairs: python variants/train_variant.py --loss kto")
     chosen = [data.encode(tokenizer, prompt, response) for prompt, response, _ in texts]
     rejected = [data.encode(tokenizer, prompt, response) for prompt, _, response in texts]
     ref_logps = (response_logps_no_grad(reference, responses) for responses in (chosen, rejected))
@@ -109,9 +108,7 @@ def train(policy, optimizer, pairs, config, loss_fn=pair_losses, start=0):
         optimizer.param_groups[0]["lr"] = rates[step]
         parts = []
         for k in range(config.grad_accum):
-            batch = pairs.take(
-                rows[k :: config.grad_accum]
-            )  # B pairs: all of the step's, by default
+            batch = pairs.take(rows[k :: config.grad_accum])  # B pairs
             logps = response_logps(policy, batch.chosen + batch.rejected)  # (2B,)
             policy_chosen_logps, policy_rejected_logps = logps.chunk(2)  # (B,) each
             losses = loss_fn(policy_chosen_logps, policy_rejected_logps, batch, config)  # (B,)
@@ -172,7 +169,7 @@ def main():
     run = runs.Run("dpo", config)
     policy, tokenizer = runs.load_policy(config)
     reference = copy.deepcopy(policy).requires_grad_(False)
-    source = source_of(policy, reference, tokenizer, config)
+    source = (OwnData if config.pairs else Village)(policy, reference, tokenizer, config)
     texts, held_out_texts = source.pairs()
     pairs = add_reference_logps(reference, tokenizer, texts)
     held_out = add_reference_logps(reference, tokenizer, held_out_texts)

@@ -16,26 +16,27 @@ import torch
 import data
 import model as gpt
 from lab import evaluate, files, flags, runs, village
+from lab.flags import flag
 from responses import response_logps, response_logps_no_grad
 
 
 @dataclass
 class Config(flags.Config):
-    corpus: str = flags.flag("", "own text to pretrain on; goes with --sft")
-    sft: str = flags.flag("", 'own {"prompt", "response"} lines to fine-tune on')
-    skip_bad: bool = flags.flag(False, "count the bad lines of that file, and go on")
-    resume: bool = flags.flag(False, "from the last saved state of the same run")
-    vocab_size: int = flags.flag(village.VOCAB_SIZE, "tokens; each word of the village is one")
-    block_size: int = flags.flag(128, "longest sequence in tokens")
-    n_layer: int = flags.flag(2, "layers: two know all facts of the village, and take a minute")
-    n_head: int = flags.flag(4, "attention heads")
-    n_embd: int = flags.flag(128, "width of the model")
-    pretrain_steps: int = flags.flag(500, "each of half as many rows as --batch-size")
-    pretrain_lr: float = flags.flag(5e-3, "the highest rate: a small model bears a large one")
-    context: int = flags.flag(64, "tokens of a pretraining row, two or three stories")
-    steps: int = flags.flag(800, "of fine-tuning: fewer leave more garbled answers, README")
-    lr: float = flags.flag(3e-3, "the highest rate of fine-tuning")
-    batch_size: int = flags.flag(64, "examples a step")
+    corpus: str = flag("", "own text to pretrain on; goes with --sft")
+    sft: str = flag("", 'own {"prompt", "response"} lines to fine-tune on')
+    skip_bad: bool = flag(False, "count the bad lines of that file, and go on")
+    resume: bool = flag(False, "from the last saved state of the same run")
+    vocab_size: int = flag(village.VOCAB_SIZE, "tokens; each word of the village is one")
+    block_size: int = flag(128, "longest sequence in tokens")
+    n_layer: int = flag(2, "layers: two know all facts of the village, and take a minute")
+    n_head: int = flag(4, "attention heads")
+    n_embd: int = flag(128, "width of the model")
+    pretrain_steps: int = flag(500, "each of half as many rows as --batch-size")
+    pretrain_lr: float = flag(5e-3, "the highest rate: a small model bears a large one")
+    context: int = flag(64, "tokens of a pretraining row, two or three stories")
+    steps: int = flag(800, "of fine-tuning: fewer leave more garbled answers, README")
+    lr: float = flag(3e-3, "the highest rate of fine-tuning")
+    batch_size: int = flag(64, "examples a step")
 
 
 def cross_entropy(logps, examples):
@@ -81,7 +82,9 @@ def fit(run, examples, held_out, batch_size, steps, lr):
     """Take one of the two trainings to its end, and measure it on examples that it has not seen."""
     batches = data.batches(len(examples), batch_size, steps, run.config.seed)
     rates = data.learning_rates(lr, steps)
-    run.complete(train(run.model, run.optimizer, examples, batches, rates, run.step), steps)
+    training = train(run.model, run.optimizer, examples, batches, rates, run.step)
+    for _ in run.track(training, steps):
+        pass  # the log shows the loss; there is no more to measure on the way
     loss = cross_entropy(response_logps_no_grad(run.model, held_out), held_out).item()
     print(f"{run.name}: {loss:.3f} nats a token on held-out text")
     run.finish({"held-out/loss": loss})
@@ -101,9 +104,7 @@ def read_texts(config):
     """-> ((corpus, corpus held out), the tokenizer, (demonstrations, demonstrations held out))."""
     if config.sft:
         corpus = files.own_corpus(config.corpus)
-        files.own_demonstrations(
-            config, None
-        )  # bad lines first: learning a tokenizer takes a while
+        files.own_demonstrations(config, None)  # bad lines first: a tokenizer takes a while
         print("learning the tokenizer")
         (words,) = corpus[0]
     else:
@@ -146,11 +147,9 @@ def main():
     fit(fine_tuning, examples, held_out, config.batch_size, config.steps, config.lr)
     if not config.sft:
         _, asked, never = village.split_questions()
-        shares = [evaluate.share_true(model, tokenizer, part) for part in (asked, never)]
-        print(
-            f"likeliest answer true: {shares[0]:.0%} of held-out questions, {shares[1]:.0%} of "
-            "those on facts never asked"
-        )
+        for name, part in (("held-out questions", asked), ("facts never asked", never)):
+            share = evaluate.share_true(model, tokenizer, part)
+            print(f"{name}: the likeliest answer is true for {share:.0%}")
     print("next: python train_dpo.py")
 
 

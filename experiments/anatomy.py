@@ -67,9 +67,7 @@ def main():
         for side in ("chosen", "rejected"):
             levels = [village.reward(pair["prompt"], pair[side]) for pair in map(json.loads, lines)]
             change = sum(levels) / len(levels) / beta - log_z.mean().item()
-            print(
-                f"{side}: at the optimum log π − log π_ref = r/β − log Z, {change:+.2f} on average"
-            )
+            print(f"{side}: at the optimum log π − log π_ref = r/β − log Z, {change:+.2f} on mean")
 
 
 if __name__ == "__main__":

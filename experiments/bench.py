@@ -21,6 +21,7 @@ is random and ends no response before its 24th token.
 import copy
 import multiprocessing
 import random
+import resource
 import statistics
 import sys
 import tempfile
@@ -37,16 +38,17 @@ import data
 import model as gpt
 import train_dpo
 from lab import flags, village
+from lab.flags import flag
 from responses import sample_responses
 
 
 @dataclass
 class Config:
-    peer: bool = flags.flag(False, "also TRL's DPOTrainer and transformers' generate")
-    growth: bool = flags.flag(False, "instead batch, length, width, number of pairs over a range")
-    gpt2: bool = flags.flag(False, "instead GPT-2 124M at 512 tokens, with --grad-accum too")
-    rounds: int = flags.flag(3, "measurements of each figure")
-    quick: bool = flags.flag(False, "toy sizes, to see that it runs")
+    peer: bool = flag(False, "also TRL's DPOTrainer and transformers' generate")
+    growth: bool = flag(False, "instead batch, length, width, number of pairs over a range")
+    gpt2: bool = flag(False, "instead GPT-2 124M at 512 tokens, with --grad-accum too")
+    rounds: int = flag(3, "measurements of each figure")
+    quick: bool = flag(False, "toy sizes, to see that it runs")
 
 
 @dataclass
@@ -72,11 +74,7 @@ def peak_flops():
 
 
 def peak_memory():
-    """Of this process so far, in MB; NaN on Windows, where nothing in Python tells it."""
-    try:
-        import resource
-    except ImportError:
-        return float("nan")
+    """Of this process so far, in MB."""
     unit = 2**20 if sys.platform == "darwin" else 2**10
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit
 
@@ -149,10 +147,6 @@ def time_generation(setting):
     return {"generated tokens/s": sum(sum(mask) for _, mask in examples) / seconds}
 
 
-# --------------------------------------------------------------------------------------------------
-# The same by TRL and transformers
-
-
 def export(setting, folder):
     """The same random model and pairs -> (what transformers loads, texts)."""
     from tools import gpt2
@@ -216,9 +210,6 @@ def time_transformers(setting):
             only_pads = (replies == tokenizer.eos_token_id).int().cumsum(1) > 1
             tokens += (~only_pads).sum().item()
         return {"generated tokens/s": tokens / (time.perf_counter() - started)}
-
-
-# --------------------------------------------------------------------------------------------------
 
 
 def measure(functions, setting):

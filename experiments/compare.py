@@ -33,6 +33,7 @@ import dpo
 import train_dpo
 import train_sft
 from lab import evaluate, flags, runs, village
+from lab.flags import flag
 from lab.pairs import sample_pairs
 from variants import reward_model, train_grpo, train_rlhf, train_selfplay, train_variant
 
@@ -71,11 +72,11 @@ USE_PAIRS = "dpo cdpo rpo ipo robust hinge kto kto_half sppo simpo orpo sft_chos
 
 @dataclass
 class Config:
-    seeds: str = flags.flag("0,1,2", "with commas between them")
-    only: str = flags.flag("", "names of methods, with commas between them; else all")
-    noise: bool = flags.flag(False, "also the sweep of flipped labels")
-    quick: bool = flags.flag(False, "toy sizes, to see that it runs")
-    out: str = flags.flag("out/compare", "folder for models and results")
+    seeds: str = flag("0,1,2", "with commas between them")
+    only: str = flag("", "names of methods, with commas between them; else all")
+    noise: bool = flag(False, "also the sweep of flipped labels")
+    quick: bool = flag(False, "toy sizes, to see that it runs")
+    out: str = flag("out/compare", "folder for models and results")
 
 
 def place(folder, quick):
@@ -123,10 +124,6 @@ class Ground:
     def policy(self, path=None):
         policy = runs.load_checkpoint(path)[0] if path else copy.deepcopy(self.reference)
         return policy.requires_grad_(True)
-
-
-# --------------------------------------------------------------------------------------------------
-# One run -> (policy, labels used, seconds spent before on what methods share)
 
 
 def run_pairs(ground, name, flips=0.0, **settings):
@@ -247,10 +244,6 @@ def run(ground, name, **settings):
     return evaluate.summarise(rows, config.beta)["policy"] | {"labels": labels, "seconds": seconds}
 
 
-# --------------------------------------------------------------------------------------------------
-# Tables
-
-
 def read(folder, seeds, name):
     paths = [Path(folder) / str(seed) / f"{name}.json" for seed in seeds]
     return [json.loads(path.read_text()) for path in paths if path.exists()]
@@ -262,22 +255,20 @@ def cell(values, style):
 
 
 def print_table(folder, seeds, names):
-    head = (
-        "stages | models | labels | seconds | E[r] | KL | garbled | win rate | optimality | seeds"
-    )
-    print(f"\n| method | {head} |\n" + "|---" * 11 + "|")
+    head = "method stages models labels seconds E[r] KL garbled wins optimality seeds".split()
+    print(f"\n| {' | '.join(head)} |\n" + "|---" * 11 + "|")
     for name in names:
-        runs = read(folder, seeds, name)
-        if not runs:
+        found = read(folder, seeds, name)
+        if not found:
             continue
         title, stages, models = METHODS[name]
-        columns = {key: [run[key] for run in runs] for key in runs[0]}
+        columns = {key: [run[key] for run in found] for key in found[0]}
         print(
             f"| {title} | {stages} | {models} | {statistics.fmean(columns['labels']):,.0f} "
             f"| {min(columns['seconds']):.0f} | {cell(columns['reward'], '.2f')} "
             f"| {cell(columns['kl'], '.2f')} | {statistics.fmean(columns['garbled']):.1%} "
             f"| {statistics.fmean(columns['win_rate']):.3f} "
-            f"| {cell(columns['optimality'], '.1%')} | {len(runs)} |"
+            f"| {cell(columns['optimality'], '.1%')} | {len(found)} |"
         )
 
 
@@ -285,8 +276,8 @@ def print_noise(folder, seeds):
     print("\n| labels flipped |", " | ".join(f"{share:.0%}" for share in NOISE), "|")
     print("|---" * (1 + len(NOISE)) + "|")
     for name in ("dpo", "ipo", "cdpo", "robust"):
-        runs = [read(folder, seeds, f"{name}_flip_{share}") for share in NOISE]
-        cells = [cell([r["optimality"] for r in row], ".1%") if row else "" for row in runs]
+        found = [read(folder, seeds, f"{name}_flip_{share}") for share in NOISE]
+        cells = [cell([r["optimality"] for r in row], ".1%") if row else "" for row in found]
         print(f"| {METHODS[name][0]} |", " | ".join(cells), "|")
 
 

@@ -26,9 +26,7 @@ def read_run(folder):
     except FileNotFoundError as error:
         raise SystemExit(f"there is no {error.filename}: run train_dpo.py --out {folder} first")
     if "optimum" not in report:
-        raise SystemExit(
-            f"{folder} is a run on somebody's own pairs: it has no true reward to draw"
-        )
+        raise SystemExit(f"{folder} is a run on somebody's own pairs: there is no true reward")
     return [json.loads(line) for line in lines], report
 
 
@@ -44,7 +42,8 @@ def draw(steps, report, path):
     figure, axes = plt.subplots(1, 4, figsize=(14, 3.2), layout="constrained")
     plot(axes[0], steps, "rewards/margins", BLUE, "margin")
     axes[0].set(title="implicit reward margin", ylabel="r̂(chosen) − r̂(rejected)")
-    plot(axes[1], steps, "rewards/accuracies", BLUE, "accuracy")
+    # At the first step policy and reference are one, and accuracy is rounding noise.
+    plot(axes[1], steps[1:], "rewards/accuracies", BLUE, "accuracy")
     best = report["pairs"]["best_accuracy"]
     axes[1].axhline(best, color=GREY, linestyle="--", label="best that noisy labels allow")
     axes[1].set(title="accuracy on training pairs", ylabel="share of pairs", ylim=(0.4, 0.9))
@@ -55,10 +54,9 @@ def draw(steps, report, path):
     steps = [start, *steps]
     plot(axes[3], steps, "fresh/reward", BLUE, "true reward E[r]", smooth=1)
     plot(axes[3], steps, "fresh/kl", ORANGE, "KL to the reference, nats", smooth=1)
-    axes[3].axhline(
-        report["optimum"]["reward"], color=BLUE, linestyle=":", label="E[r] of the optimum"
-    )
-    axes[3].axhline(report["optimum"]["kl"], color=ORANGE, linestyle=":", label="KL of the optimum")
+    best = report["optimum"]
+    axes[3].axhline(best["reward"], color=BLUE, linestyle=":", label="E[r] of the optimum")
+    axes[3].axhline(best["kl"], color=ORANGE, linestyle=":", label="KL of the optimum")
     axes[3].set(title="fresh samples, held-out questions", ylim=(0, 3))
     for axis in axes:
         axis.set_xlabel("step")

@@ -25,6 +25,7 @@ import dpo
 import train_dpo
 from experiments.compare import ROOT, Ground
 from lab import evaluate, flags, runs
+from lab.flags import flag
 from variants import train_grpo, train_rlhf, train_variant
 
 LOOKS = {  # colours told apart by the colour-blind, markers in print
@@ -45,12 +46,12 @@ BETAS = {  # each method's own coefficient
 
 @dataclass
 class Config:
-    seed: int = flags.flag(0, "of SFT model, pairs and trainings", zero=True)
-    quick: bool = flags.flag(False, "toy sizes, to see that it runs")
-    probes: int = flags.flag(4, "measurements along a training")
-    samples: int = flags.flag(4, "for each held-out question in a measurement")
-    out: str = flags.flag("out/compare", "where compare.py keeps its SFT models")
-    picture: str = flags.flag("assets/frontier.svg", "the file to draw")
+    seed: int = flag(0, "of SFT model, pairs and trainings", zero=True)
+    quick: bool = flag(False, "toy sizes, to see that it runs")
+    probes: int = flag(4, "measurements along a training")
+    samples: int = flag(4, "for each held-out question in a measurement")
+    out: str = flag("out/compare", "where compare.py keeps its SFT models")
+    picture: str = flag("assets/frontier.svg", "the file to draw")
 
 
 def training_of(ground, method, beta, policy):

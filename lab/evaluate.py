@@ -11,6 +11,7 @@ import torch
 import data
 import dpo
 from lab import flags, village
+from lab.flags import flag
 from responses import response_logps_no_grad, sample_responses
 
 
@@ -18,20 +19,18 @@ from responses import response_logps_no_grad, sample_responses
 class Config(flags.Config):
     """What every training has that starts from the fine-tuned model, and is measured against it."""
 
-    init: str = flags.flag("", "checkpoint to start from, and to stay close to: OUT/sft.pt")
-    beta: float = flags.flag(0.5, "β of Eq. 3's objective, by which the result is judged")
-    max_new_tokens: int = flags.flag(24, "of a sample; the village's longest response has 18")
-    eval_questions: int = flags.flag(120, "at most, of each held-out set: there are no more")
-    eval_samples: int = flags.flag(20, "for each of these questions, in the report")
+    init: str = flag("", "checkpoint to start from, and to stay close to: OUT/sft.pt")
+    beta: float = flag(0.5, "β of Eq. 3's objective, by which the result is judged")
+    max_new_tokens: int = flag(24, "of a sample; the village's longest response has 15")
+    eval_questions: int = flag(120, "at most, of each held-out set: there are no more")
+    eval_samples: int = flag(20, "for each of these questions, in the report")
 
 
 def fresh_samples(policy, reference, tokenizer, prompts, config):
     """One new sample a prompt -> texts, and log π_θ/π_ref (N,), whose mean is the KL divergence."""
     examples, texts = sample_responses(policy, tokenizer, prompts, config, "fresh samples")
-    policy_logps, ref_logps = (
-        response_logps_no_grad(model, examples) for model in (policy, reference)
-    )
-    return texts, (policy_logps - ref_logps).cpu()
+    logps = [response_logps_no_grad(model, examples) for model in (policy, reference)]
+    return texts, (logps[0] - logps[1]).cpu()
 
 
 def true_rewards(prompts, texts):
@@ -145,15 +144,13 @@ def print_table(title, summary, bracket):
 
 def print_answers(reference, policy, tokenizer, prompts, config):
     """A sample before and one after, from the same seed; in the village with true rewards."""
-    before, after = (
-        sample_responses(model, tokenizer, prompts, config, "answers")[1]
-        for model in (reference, policy)
-    )
     true = prompts[0] in village.QUESTIONS
     print("\nBefore and after" + ", true rewards in front" * true)
-    for prompt, *texts in zip(prompts, before, after):
+    sampling = tokenizer, prompts, config, "answers"
+    texts = [sample_responses(model, *sampling)[1] for model in (reference, policy)]
+    for prompt, *answers in zip(prompts, *texts):
         print(f"  {prompt}")
-        for label, text in zip(("before", "after "), texts):
+        for label, text in zip(("before", "after "), answers):
             score = f"{true_rewards([prompt], [text]).item():+.0f}" if true else ""
             print(f"    {label} {score} {'(cut off)' if text is None else text}")
 

@@ -75,9 +75,8 @@ def pairs_from_ratings(rows: list[tuple], path: str) -> list[tuple]:
         best, worst = max(rated, key=lambda r: r[0]), min(rated, key=lambda r: r[0])
         if best[0] > worst[0] and best[1] != worst[1]:
             pairs.append((prompt, best[1], worst[1]))
-    print(
-        f"{path}: {len(rows)} rated responses to {len(by_prompt)} prompts give {len(pairs)} pairs"
-    )
+    counts = f"{len(rows)} rated responses to {len(by_prompt)} prompts give {len(pairs)} pairs"
+    print(f"{path}: {counts}")
     if not pairs:
         raise SystemExit(f"{path}: no prompt has two responses of different ratings")
     return pairs

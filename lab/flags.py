@@ -18,9 +18,7 @@ class Config:
     seed: int = flag(0, "of everything that is drawn", zero=True, below=2**63)
     out: str = flag("out", "folder for all that is written")
     device: str = flag("auto", "auto takes cuda or mps where it is found, else cpu")
-    dtype: str = flag(
-        "float32", "bfloat16 autocasts the forward pass", choices=("float32", "bfloat16")
-    )
+    dtype: str = flag("float32", "bfloat16 autocasts the forward pass", ("float32", "bfloat16"))
 
 
 def read_config(cls, script, **defaults):
@@ -67,4 +65,4 @@ def command(main, hint="the files already written are whole"):
     except OSError as error:
         raise SystemExit(f"{error}; {hint}")
     except FloatingPointError as error:
-        raise SystemExit(f"{error}; try a smaller --lr. What was saved before is kept")
+        raise SystemExit(f"{error}: try a smaller --lr. What was saved before is kept")

@@ -10,7 +10,6 @@ import random
 
 import torch
 
-import data
 import dpo
 from lab import evaluate, files, runs, village
 from responses import sample_responses
@@ -99,11 +98,6 @@ class OwnData:
         return self.probe()
 
 
-def source_of(policy, reference, tokenizer, config):
-    """The source that the flags ask for."""
-    return (OwnData if config.pairs else Village)(policy, reference, tokenizer, config)
-
-
 def sample_pairs(reference, tokenizer, config, questions):
     """Two responses of the reference to each of num_pairs prompts, labelled once by Eq. 1.
 
@@ -111,7 +105,7 @@ def sample_pairs(reference, tokenizer, config, questions):
     """
     rng = random.Random(config.seed)
     prompts = [q for q in rng.choices(questions, k=config.num_pairs) for _ in range(2)]
-    examples, texts = sample_responses(reference, tokenizer, prompts, config, "sampling pairs")
+    _, texts = sample_responses(reference, tokenizer, prompts, config, "sampling pairs")
     rewards = evaluate.true_rewards(prompts, texts).double()
     p_first = dpo.preference_probability(rewards[::2], rewards[1::2])
     pairs = []
@@ -119,15 +113,8 @@ def sample_pairs(reference, tokenizer, config, questions):
         if first and second and first.strip() and second.strip() and first != second:
             first_wins = rng.random() < p
             pairs.append((prompt, first, second) if first_wins else (prompt, second, first))
-    changed = sum(
-        text is not None and data.encode(tokenizer, prompt, text) != example
-        for prompt, text, example in zip(prompts, texts, examples)
-    )
-    print(
-        f"{config.num_pairs} pairs sampled: {config.num_pairs - len(pairs)} with equal, empty or "
-        f"cut-off responses left out; {changed / len(texts):.2%} of the samples are other tokens "
-        "when read back from text"
-    )
+    left_out = config.num_pairs - len(pairs)
+    print(f"{config.num_pairs} pairs sampled; {left_out} left out, being equal, empty or cut off")
     if not pairs:
         raise SystemExit("no pair is left: fine-tune longer, until the model ends its responses")
     return pairs
@@ -143,10 +130,9 @@ def write_pairs(path, pairs):
 
 def noise_limits(pairs):
     """The best accuracy and the least loss that labels drawn by Eq. 1 allow, from true rewards."""
-    chosen, rejected = (
-        torch.tensor([village.reward(pair[0], pair[i]) for pair in pairs]) for i in (1, 2)
-    )
-    p = dpo.preference_probability(chosen, rejected)  # (N,)
+    prompts, chosen, rejected = zip(*pairs)
+    rewards = [evaluate.true_rewards(prompts, texts) for texts in (chosen, rejected)]
+    p = dpo.preference_probability(*rewards)  # (N,)
     entropy = torch.special.entr(p) + torch.special.entr(1 - p)
     accuracy = torch.maximum(p, 1 - p).mean().item()
     return {"best_loss": entropy.mean().item(), "best_accuracy": accuracy}

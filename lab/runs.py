@@ -78,16 +78,13 @@ def average(recent, names):
     return "  ".join(f"{name} {mean:.3f}" for name, mean in means.items())
 
 
-# --------------------------------------------------------------------------------------------------
-# Failing early
-
-
-def finite_grad_norm(model, loss):
+def finite_grad_norm(model, loss, flag="--lr"):
     """The norm of the gradient, to log. Raises FloatingPointError where it or the loss is not
     finite, so that no such step is taken."""
     grad_norm = torch.nn.utils.get_total_norm([p.grad for p in model.parameters()])
     if not (loss + grad_norm).isfinite():
-        raise FloatingPointError(f"loss {loss.item()}, norm of its gradient {grad_norm.item()}")
+        found = f"loss {loss.item()}, norm of its gradient {grad_norm.item()}"
+        raise FloatingPointError(f"{found}: try a smaller {flag}")
     return grad_norm
 
 
@@ -99,14 +96,8 @@ def check_first_loss(loss, expected, config):
     # Both have been computed in other batches, so the last bits differ, in bfloat16 the second.
     tolerance = max(1, config.beta) * (1e-3 if config.dtype == "float32" else 5e-2)
     if not abs(loss - expected) <= tolerance * max(1, abs(expected)):
-        raise SystemExit(
-            f"loss at step 0: {loss:.4f}, not {expected:.4f}: the policy is not the reference"
-        )
+        raise SystemExit(f"loss at step 0 is {loss:.4f}, not {expected:.4f}: policy ≠ reference")
     print(f"loss at step 0: {loss:.4f}; of the reference's own log-probabilities: {expected:.4f}")
-
-
-# --------------------------------------------------------------------------------------------------
-# One run
 
 
 def weight_sums(model):
@@ -159,10 +150,8 @@ class Run:
     def keep(self, model, tokenizer, optimizer=None, **parts):
         """Say what is to be saved. parts: what the settings do not say of this run, as its data."""
         self.model, self.optimizer = model, optimizer
-        self.kept = {
-            "tokenizer": data.tokenizer_state(tokenizer),
-            "run": identity(self.config, **parts),
-        }
+        run = identity(self.config, **parts)
+        self.kept = {"tokenizer": data.tokenizer_state(tokenizer), "run": run}
 
     def resume(self, *earlier):
         """With --resume, take up what was saved of this training, or of those that come before it
@@ -206,33 +195,23 @@ class Run:
                     if is_tenth:
                         yield metrics
                         added = [name for name in metrics if name not in names]
-                        line = f"{average(recent, shown)}  {average([metrics], added)}"
+                        line = f"{average(recent, shown)}  {average([metrics], added)}".rstrip()
                         bar.write(f"step {self.step:4}/{steps}  {line}")
                     log.write(json.dumps({"step": self.step, **metrics}) + "\n")
                     if is_tenth:
                         self.save(f"{self.path}.part.pt", step=self.step)
             except FloatingPointError as error:
-                raise SystemExit(
-                    f"after step {self.step}: {error}; try a smaller --lr. What was saved before "
-                    "is kept"
-                )
+                raise SystemExit(f"after step {self.step}: {error}. What was saved before is kept")
         self.save(f"{self.path}.pt")
         print(f"last {len(recent)} steps:", average(recent, shown))
         self.lap("training")
-
-    def complete(self, training, steps):
-        """track() for who has nothing to measure on the way."""
-        for _ in self.track(training, steps):
-            pass
 
     def cut_log(self, log):
         """Leave only the lines of the steps behind us in the open file -> the last of them."""
         log.seek(0)
         lines = [log.readline() for _ in range(self.step)]
         if not all(line.endswith("\n") for line in lines):
-            raise SystemExit(
-                f"--resume: {log.name} has fewer lines than the {self.step} steps done"
-            )
+            raise SystemExit(f"--resume: {log.name} has fewer lines than {self.step}, the steps")
         log.truncate(log.tell())
         return [json.loads(line) for line in lines[-50:]]
 

@@ -162,9 +162,8 @@ def training_texts(tokens: int, count: int, seed: int) -> tuple[tuple, tuple]:
 def main():
     train, held_out, never = split_questions()
     print("Three stories:", *stories(3, seed=0), sep="\n  ")
-    print(
-        f"\nQuestions: {len(train)} to train on, {len(held_out)} held out, {len(never)} never asked"
-    )
+    counts = len(train), len(held_out), len(never)
+    print("\nQuestions: {} to train on, {} held out, {} never asked".format(*counts))
     for prompt in held_out[:3]:
         print(f"\n{prompt}\n  reward")
         for response in random.Random(0).sample([*responses(prompt)], 5) + [" Good!"]:

@@ -136,6 +136,38 @@ def test_a_reference_that_has_changed_is_not_resumed(whole, tmp_path, monkeypatc
     )
 
 
+@needs_unix
+def test_a_moved_folder_and_another_measurement_are_the_same_run(whole, tmp_path, monkeypatch):
+    """A run is what it computes: not where it lies, nor on how many questions it is judged."""
+    flags = [f"--init={whole}/sft.pt", f"--pairs={whole}/pairs.jsonl", *DPO]
+    kill("in a step", 4, "train_dpo", [f"--out={tmp_path}/old", *flags])
+    run_main(monkeypatch, train_dpo, f"--out={tmp_path}/whole", *flags)
+    (tmp_path / "old").rename(tmp_path / "new")
+    (tmp_path / "copy.jsonl").write_bytes((whole / "pairs.jsonl").read_bytes())
+    flags = [f"--out={tmp_path}/new/../new/", f"--init={whole}/../{whole.name}/sft.pt", *DPO]
+    flags += [f"--pairs={tmp_path}/copy.jsonl", "--device=cpu", "--eval-questions=1"]
+    run_main(monkeypatch, train_dpo, *flags, "--resume")
+    assert same_weights(tmp_path / "new" / "dpo.pt", tmp_path / "whole" / "dpo.pt")
+
+
+def test_a_last_step_that_blows_up_is_one_line_and_writes_no_checkpoint(tmp_path, monkeypatch):
+    """The loss of a step is computed before it: nothing but the weights tells of the last one."""
+    step, steps = torch.optim.AdamW.step, 0
+
+    def blow_up(self, *arguments):
+        nonlocal steps
+        steps += 1
+        step(self, *arguments)
+        if steps == 26:  # 12 of pretraining, 14 of fine-tuning
+            self.param_groups[0]["params"][0].data.fill_(torch.nan)
+
+    monkeypatch.setattr(torch.optim.AdamW, "step", blow_up)
+    message = refusal(run_main, monkeypatch, train_sft, f"--out={tmp_path}", *SFT)
+    assert message.startswith("after step 14: the weights for ") and "not finite" in message
+    assert steps == 26 and not (tmp_path / "sft.pt").exists()
+    assert (tmp_path / "pretrained.pt").exists() and (tmp_path / "sft.part.pt").exists()
+
+
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs a device that is always full")
 def test_a_full_disk_ends_the_run_in_one_line(whole, tmp_path):
     (tmp_path / "dpo.part.pt.tmp").symlink_to("/dev/full")

@@ -117,7 +117,7 @@ def test_a_policy_that_is_not_the_reference_is_found_before_the_first_step(setup
     with torch.no_grad():
         policy.ln_f.weight[0] += 0.5
     message = refusal(train_dpo.check_start, policy, pairs, config)
-    assert "not 0.6931: the policy is not the reference" in message
+    assert "not 0.6931: policy ≠ reference" in message
 
 
 def test_precomputed_reference_logps_equal_live_ones(setup):
@@ -297,7 +297,7 @@ def test_the_pipeline_on_the_village(finished):
     ends = "pt", "jsonl", "json"
     files = {f"{name}.{end}" for name in ("pretrained", "sft", "dpo") for end in ends}
     assert files | {"pairs.jsonl"} == {path.name for path in out.iterdir()}
-    assert "nats a token on held-out text" in sft.stdout and "never asked" in sft.stdout
+    assert "nats a token on held-out text" in sft.stdout and "never asked: " in sft.stdout
     assert "loss at step 0: 0.6931" in run.stdout and "optimum, Eq. 4" in run.stdout
     assert not run.stderr  # bars are quiet when the output is no terminal
     report = json.loads((out / "dpo.json").read_text())
@@ -419,7 +419,7 @@ def test_a_loss_that_is_not_finite_stops_and_keeps_the_last_good_weights(finishe
     (tmp_path / "dpo.pt").write_bytes(good)
     flags = ["--init", str(finished[0] / "sft.pt"), "--out", str(tmp_path), "--lr=1e30", *TOY_DPO]
     run = command("train_dpo.py", *flags, check=False)
-    assert run.returncode == 1 and "not finite; try a smaller --lr" in run.stderr
+    assert run.returncode == 1 and "not finite: try a smaller --lr" in run.stderr
     assert run.stderr.count("\n") == 1
     assert (tmp_path / "dpo.pt").read_bytes() == good
 

@@ -65,10 +65,6 @@ def weight_names(n_layer):
     return names | {name: (name, False) for name in ("ln_f.weight", "ln_f.bias")}
 
 
-# --------------------------------------------------------------------------------------------------
-# Import
-
-
 def read_json(path):
     """The object in a JSON file."""
     try:
@@ -191,10 +187,6 @@ def import_folder(folder, path):
     except OSError as error:
         raise SystemExit(f"cannot write {path}: {error}")
     print(f"wrote {path}: {sum(p.numel() for p in model.parameters()):,} parameters")
-
-
-# --------------------------------------------------------------------------------------------------
-# Export
 
 
 # How GPT-2's files write each byte: as itself if Latin-1 can print it, else from U+0100 on.

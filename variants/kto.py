@@ -32,9 +32,8 @@ class Thumbs:
 
     def take(self, rows):
         lists = ([part[i] for i in rows] for part in (self.examples, self.mismatched))
-        return Thumbs(
-            *lists, self.liked[rows], self.ref_logps[rows], self.ref_mismatched_logps[rows]
-        )
+        tensors = self.liked, self.ref_logps, self.ref_mismatched_logps
+        return Thumbs(*lists, *(tensor[rows] for tensor in tensors))
 
 
 def mismatch(examples):
@@ -46,9 +45,8 @@ def mismatch(examples):
         raise SystemExit("KTO needs two prompts to train on and two held out: one in ten is, so 12")
     mismatched = []
     for i, prompt in enumerate(prompts):
-        j = next(
-            j for k in range(1, len(prompts)) if prompts[j := (i + k) % len(prompts)] != prompt
-        )
+        later = itertools.chain(range(i + 1, len(prompts)), range(i))
+        j = next(j for j in later if prompts[j] != prompt)
         mismatched.append(data.join_ids(prompt, responses[j]))
     return mismatched
 
@@ -61,11 +59,9 @@ def add_reference_logps(reference, tokenizer, rows):
     examples = [data.encode(tokenizer, prompt, text) for prompt, text, _ in rows]
     longest = reference.config.block_size
     mismatched = [(ids[:longest], mask[:longest]) for ids, mask in mismatch(examples)]
-    ref_logps = response_logps_no_grad(reference, examples)
-    liked = torch.tensor([row[2] for row in rows], dtype=torch.bool, device=ref_logps.device)
-    return Thumbs(
-        examples, mismatched, liked, ref_logps, response_logps_no_grad(reference, mismatched)
-    )
+    ref_logps = [response_logps_no_grad(reference, part) for part in (examples, mismatched)]
+    liked = torch.tensor([row[2] for row in rows], dtype=torch.bool, device=ref_logps[0].device)
+    return Thumbs(examples, mismatched, liked, *ref_logps)
 
 
 def losses_and_metrics(policy_logps, policy_mismatched_logps, batch, config):
@@ -109,10 +105,8 @@ def held_out_metrics(policy, thumbs, config):
         return {}
     logps = [response_logps_no_grad(policy, part) for part in (thumbs.examples, thumbs.mismatched)]
     losses, metrics = losses_and_metrics(*logps, thumbs, config)
-    return {
-        "held-out/loss": losses.mean().item(),
-        "held-out/accuracy": metrics["rewards/accuracies"].item(),
-    }
+    accuracy = metrics["rewards/accuracies"].item()
+    return {"held-out/loss": losses.mean().item(), "held-out/accuracy": accuracy}
 
 
 @torch.no_grad()

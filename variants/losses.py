@@ -55,9 +55,8 @@ def robust_loss(
     labelled, flipped = both_ways(
         policy_chosen_logps, policy_rejected_logps, ref_chosen_logps, ref_rejected_logps, beta
     )
-    return ((1 - label_smoothing) * labelled - label_smoothing * flipped) / (
-        1 - 2 * label_smoothing
-    )
+    mixed = (1 - label_smoothing) * labelled - label_smoothing * flipped
+    return mixed / (1 - 2 * label_smoothing)
 
 
 def ipo_loss(

@@ -30,25 +30,23 @@ import torch
 sys.path.insert(0, str(Path(__file__).parent.parent))  # run from anywhere
 import data
 import dpo
-from lab import evaluate, flags, runs, village
+from lab import evaluate, flags, runs
+from lab.flags import flag
 from lab.pairs import Village
 from responses import sample_responses
-from train_dpo import make_optimizer
 from variants.losses import clipped_loss
 
 
 @dataclass
 class Config(evaluate.Config):
-    no_std: bool = flags.flag(False, "the plain policy gradient, which follows --beta")
-    kl_beta: float = flags.flag(0.35, "weight of k3 in the published loss")
-    steps: int = flags.flag(60, "each on fresh samples")
-    questions: int = flags.flag(64, "for each step")
-    group: int = flags.flag(8, "responses to each question")
-    minibatches: int = flags.flag(2, "parts of a step's samples, one update for each")
-    clip: float = flags.flag(0.2, "how far a token's probability may move for its advantage")
-    lr: float = flags.flag(6e-4, "the highest learning rate")
-    optimizer: str = flags.flag("adamw", "or sgd", ("sgd", "adamw"))
-    momentum: float = flags.flag(0.9, "of sgd", zero=True, below=1)
+    no_std: bool = flag(False, "the plain policy gradient, which follows --beta")
+    kl_beta: float = flag(0.35, "weight of k3 in the published loss")
+    steps: int = flag(60, "each on fresh samples")
+    questions: int = flag(64, "for each step")
+    group: int = flag(8, "responses to each question")
+    minibatches: int = flag(2, "parts of a step's samples, one update for each")
+    clip: float = flag(0.2, "how far a token's probability may move for its advantage")
+    lr: float = flag(6e-4, "the highest learning rate, of AdamW")
 
 
 def group_advantages(rewards, divide_by_std):
@@ -74,11 +72,12 @@ def policy_gradient_loss(logps, old_logps, mask, advantages, clip):
 
 
 @torch.no_grad()
-def roll_out(policy, reference, tokenizer, prompts, config, generator):
+def roll_out(models, prompts, config, generator):
     """One response a prompt, by the policy as it is now.
 
     -> texts; ids and mask (B, T); log π_ref of every token (B, T-1).
     """
+    policy, reference, tokenizer = models
     examples, texts = sample_responses(policy, tokenizer, prompts, config, "samples", generator)
     ids, mask = data.collate(examples, policy.wte.weight.device)
     return texts, ids, mask, dpo.token_logps(reference(ids), ids, mask)
@@ -89,25 +88,23 @@ def train(models, config, questions, reward):
 
     reward(prompts, texts) -> (B,).
     """
-    policy, reference, tokenizer = models
-    optimizer = make_optimizer(policy, config)
+    policy, *_ = models
+    optimizer = torch.optim.AdamW(policy.parameters(), weight_decay=0)
     rng = random.Random(config.seed)
     generator = torch.Generator(policy.wte.weight.device).manual_seed(config.seed)
     for lr in data.learning_rates(config.lr, config.steps):
         optimizer.param_groups[0]["lr"] = lr
         asked = rng.choices(questions, k=config.questions)
         prompts = [question for question in asked for _ in range(config.group)]
-        rolled = roll_out(policy, reference, tokenizer, prompts, config, generator)
-        texts, ids, mask, ref_logps = rolled
+        texts, ids, mask, ref_logps = roll_out(models, prompts, config, generator)
         with torch.no_grad():
             old_logps = dpo.token_logps(policy(ids), ids, mask)  # (B, T-1)
         log_ratios = (old_logps - ref_logps).sum(dim=1)  # (B,)
         rewards = reward(prompts, texts).to(ids.device)
         scores = rewards - config.beta * log_ratios if config.no_std else rewards
         advantages = group_advantages(scores.view(-1, config.group), not config.no_std).flatten()
-        for rows in torch.randperm(len(ids), generator=generator, device=ids.device).chunk(
-            config.minibatches
-        ):
+        order = torch.randperm(len(ids), generator=generator, device=ids.device)
+        for rows in order.chunk(config.minibatches):
             logps = dpo.token_logps(policy(ids[rows]), ids[rows], mask[rows])
             batch = mask[rows, 1:], advantages[rows]
             if config.no_std:
@@ -141,7 +138,7 @@ def main():
     labels = config.steps * config.questions * config.group
     print(f"{labels} true rewards will be asked for")
     models = policy, reference, tokenizer
-    training = train(models, config, village.split_questions()[0], evaluate.true_rewards)
+    training = train(models, config, source.train, evaluate.true_rewards)
     for metrics in run.track(training, config.steps, ("reward", "kl", "loss")):
         metrics |= source.probe()
     run.finish(source.report() | {"labels": labels})

@@ -28,6 +28,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))  # run from anywhere
 import data
 import dpo
 from lab import evaluate, flags, runs, village
+from lab.flags import flag
 from lab.pairs import Village, noise_limits, sample_pairs
 from variants.losses import clipped_loss
 from variants.reward_model import accuracy, learned_reward, scalar_head, train_reward_model
@@ -36,20 +37,20 @@ from variants.train_grpo import roll_out
 
 @dataclass
 class Config(evaluate.Config):
-    true_reward: bool = flags.flag(False, "the village's own reward in place of a learned one")
-    num_pairs: int = flags.flag(24_000, "for the reward model")
-    batch_size: int = flags.flag(64, "pairs a step of the reward model")
-    reward_lr: float = flags.flag(1e-3, "of the reward model, by AdamW")
-    reward_epochs: int = flags.flag(2, "of the reward model over its pairs")
-    kl_beta: float = flags.flag(0.5, "weight of the KL in training")
-    steps: int = flags.flag(60, "of PPO, each on fresh samples")
-    samples: int = flags.flag(512, "for each step")
-    minibatches: int = flags.flag(2, "parts of a step's samples, one update for each")
-    clip: float = flags.flag(0.2, "how far a token's probability may move for its advantage")
-    gae_lambda: float = flags.flag(0.95, "λ of GAE: how far ahead an advantage looks")
-    value_weight: float = flags.flag(0.1, "of the value head's squared error")
-    lr: float = flags.flag(3e-4, "of the policy, by AdamW")
-    value_lr: float = flags.flag(1e-2, "of the value head, which starts at zero")
+    true_reward: bool = flag(False, "the village's own reward in place of a learned one")
+    num_pairs: int = flag(24_000, "for the reward model")
+    batch_size: int = flag(64, "pairs a step of the reward model")
+    reward_lr: float = flag(1e-3, "of the reward model, by AdamW")
+    reward_epochs: int = flag(2, "of the reward model over its pairs")
+    kl_beta: float = flag(0.5, "weight of the KL in training")
+    steps: int = flag(60, "of PPO, each on fresh samples")
+    samples: int = flag(512, "for each step")
+    minibatches: int = flag(2, "parts of a step's samples, one update for each")
+    clip: float = flag(0.2, "how far a token's probability may move for its advantage")
+    gae_lambda: float = flag(0.95, "λ of GAE: how far ahead an advantage looks")
+    value_weight: float = flag(0.1, "of the value head's squared error")
+    lr: float = flag(3e-4, "of the policy, by AdamW")
+    value_lr: float = flag(1e-2, "of the value head, which starts at zero")
 
 
 def gae(rewards, values, gae_lambda):
@@ -83,22 +84,19 @@ def train(models, config, questions, reward, true_reward=evaluate.true_rewards):
 
     reward(prompts, texts) -> (B,); the true one is only logged.
     """
-    policy, reference, tokenizer = models
+    policy, *_ = models
     value_head = scalar_head(policy)
     both = torch.nn.ModuleList([policy, value_head])
-    rates_of_parts = [
-        data.learning_rates(peak, config.steps) for peak in (config.lr, config.value_lr)
-    ]
+    rates = [data.learning_rates(lr, config.steps) for lr in (config.lr, config.value_lr)]
     groups = [{"params": part.parameters()} for part in both]
     optimizer = torch.optim.AdamW(groups, weight_decay=0)
     rng = random.Random(config.seed)
     generator = torch.Generator(policy.wte.weight.device).manual_seed(config.seed)
     for step in range(config.steps):
-        for group, rates in zip(optimizer.param_groups, rates_of_parts):
-            group["lr"] = rates[step]
+        for group, group_rates in zip(optimizer.param_groups, rates):
+            group["lr"] = group_rates[step]
         prompts = rng.choices(questions, k=config.samples)
-        rolled = roll_out(policy, reference, tokenizer, prompts, config, generator)
-        texts, ids, mask, ref_logps = rolled
+        texts, ids, mask, ref_logps = roll_out(models, prompts, config, generator)
         scores = reward(prompts, texts).to(ids.device)
         with torch.no_grad():
             old_logps, values = logps_and_values(policy, value_head, ids, mask)
@@ -106,9 +104,8 @@ def train(models, config, questions, reward, true_reward=evaluate.true_rewards):
         rewards = token_rewards(scores, log_ratios, scored, config.kl_beta)
         advantages = gae(rewards, values, config.gae_lambda)
         targets = advantages + values
-        for rows in torch.randperm(len(ids), generator=generator, device=ids.device).chunk(
-            config.minibatches
-        ):
+        order = torch.randperm(len(ids), generator=generator, device=ids.device)
+        for rows in order.chunk(config.minibatches):
             logps, new_values = logps_and_values(policy, value_head, ids[rows], mask[rows])
             losses = clipped_loss(logps, old_logps[rows], advantages[rows], config.clip)
             errors = (new_values - targets[rows]) ** 2
@@ -162,10 +159,9 @@ def main():
         reward, extra = fit_reward_model(reference, tokenizer, config, run)
     run.keep(policy, tokenizer)
     models = policy, reference, tokenizer
-    training = train(models, config, village.split_questions()[0], reward)
-    for metrics in run.track(
-        training, config.steps, ("reward", "true_reward", "kl", "value_error")
-    ):
+    training = train(models, config, source.train, reward)
+    shown = "reward", "true_reward", "kl", "value_error"
+    for metrics in run.track(training, config.steps, shown):
         metrics |= source.probe()
     run.finish(source.report() | extra)
 

@@ -18,7 +18,6 @@ Writes out/sppo_selfplay.pt, .jsonl and .json (spin.*, rlaif.*).
 """
 
 import copy
-import dataclasses
 import random
 import sys
 from dataclasses import dataclass
@@ -32,6 +31,7 @@ import data
 import dpo
 import train_dpo
 from lab import evaluate, flags, runs, village
+from lab.flags import flag
 from lab.pairs import Village
 from responses import response_logps, response_logps_no_grad, sample_responses
 from variants.losses import sppo_loss
@@ -40,24 +40,18 @@ from variants.reward_model import learned_reward, train_reward_model
 
 @dataclass
 class Config(evaluate.Config):
-    judge: str = flags.flag(
-        "village", "who labels: its true reward, or a reward model", ("village", "model")
-    )
-    spin: bool = flags.flag(False, "demonstrations in place of a judge")
-    rounds: int = flags.flag(3, "each with the last one's policy as its reference")
-    questions: int = flags.flag(2000, "for each round")
-    group: int = flags.flag(4, "responses to each; with --spin one, and one demonstration")
-    loss_beta: float = flags.flag(0.25, "SPPO's 1/η")
-    spin_beta: float = flags.flag(0.5, "β of Eq. 7 in SPIN")
-    spin_lr: float = flags.flag(6e-3, "the highest learning rate of SPIN")
-    lr: float = flags.flag(5e-4, "the highest learning rate of SPPO")
-    optimizer: str = flags.flag("sgd", "or adamw", ("sgd", "adamw"))
-    momentum: float = flags.flag(0.9, "of sgd", zero=True, below=1)
-    epochs: int = flags.flag(1, "over each round's responses")
-    batch_size: int = flags.flag(64, "responses a step; with --spin, pairs")
-    grad_accum: int = flags.flag(1, "backward passes a step: saves memory")
-    reward_lr: float = flags.flag(1e-3, "of the reward model, by AdamW")
-    reward_epochs: int = flags.flag(2, "of the reward model over its pairs")
+    judge: str = flag("village", "or a reward model after round 1", ("village", "model"))
+    spin: bool = flag(False, "demonstrations in place of a judge")
+    rounds: int = flag(3, "each with the last one's policy as its reference")
+    questions: int = flag(2000, "for each round")
+    group: int = flag(4, "responses to each; with --spin one, and one demonstration")
+    loss_beta: float = flag(0.25, "SPPO's 1/η")
+    spin_beta: float = flag(0.5, "β of Eq. 7 in SPIN")
+    spin_lr: float = flag(6e-3, "the highest learning rate of SPIN")
+    lr: float = flag(5e-4, "the highest learning rate of SPPO")
+    batch_size: int = flag(64, "responses a step; with --spin, pairs")
+    reward_lr: float = flag(1e-3, "of the reward model, by AdamW")
+    reward_epochs: int = flag(2, "of the reward model over its pairs")
 
 
 @dataclass
@@ -97,17 +91,14 @@ def train_sppo(policy, optimizer, scored, config):
     rates = data.learning_rates(config.lr, steps)
     for lr, rows in zip(rates, data.batches(len(scored.examples), batch_size, steps, config.seed)):
         optimizer.param_groups[0]["lr"] = lr
-        parts = []
-        for k in range(config.grad_accum):
-            batch = scored.take(rows[k :: config.grad_accum])
-            logps = response_logps(policy, batch.examples)  # (B,)
-            losses = sppo_loss(logps, batch.ref_logps, batch.win_probs, config.loss_beta)
-            (losses.mean() / config.grad_accum).backward()
-            parts.append({"loss": losses.detach().mean()} | sppo_metrics(logps, batch))
-        metrics = {name: sum(part[name] for part in parts) / len(parts) for name in parts[0]}
-        metrics["grad_norm"] = runs.finite_grad_norm(policy, metrics["loss"])
+        batch = scored.take(rows)
+        logps = response_logps(policy, batch.examples)  # (B,)
+        loss = sppo_loss(logps, batch.ref_logps, batch.win_probs, config.beta).mean()
+        loss.backward()
+        grad_norm = runs.finite_grad_norm(policy, loss)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
+        metrics = {"loss": loss} | sppo_metrics(logps, batch) | {"grad_norm": grad_norm}
         yield {name: value.item() for name, value in metrics.items()} | {"lr": lr}
 
 
@@ -127,6 +118,10 @@ def spin_pairs(opponent, tokenizer, prompts, own, rng):
 def train(models, config, questions, reward=evaluate.true_rewards):
     """Yields the metrics of every step of every round. reward(prompts, texts) -> (B,) labels."""
     policy, _, tokenizer = models
+    beta, lr = (config.spin_beta, config.spin_lr) if config.spin else (config.loss_beta, config.lr)
+    round_config = train_dpo.Config(
+        beta=beta, lr=lr, batch_size=config.batch_size, seed=config.seed, dtype=config.dtype
+    )
     rng = random.Random(config.seed)
     generator = torch.Generator().manual_seed(config.seed)
     chances = torch.Generator(policy.wte.weight.device).manual_seed(config.seed)
@@ -136,11 +131,11 @@ def train(models, config, questions, reward=evaluate.true_rewards):
         prompts = [q for q in rng.choices(questions, k=config.questions) for _ in range(group)]
         label = f"round {number}"
         examples, texts = sample_responses(opponent, tokenizer, prompts, config, label, chances)
+        optimizer = train_dpo.make_optimizer(policy, round_config)
         if config.spin:
             pairs = spin_pairs(opponent, tokenizer, prompts, examples, rng)
-            spin = dataclasses.replace(config, beta=config.spin_beta, lr=config.spin_lr)
-            train_dpo.check_start(policy, pairs, spin)
-            steps = train_dpo.train(policy, train_dpo.make_optimizer(policy, spin), pairs, spin)
+            train_dpo.check_start(policy, pairs, round_config)
+            steps = train_dpo.train(policy, optimizer, pairs, round_config)
         else:
             wins = compare(reward(prompts, texts).view(-1, group), generator)
             win_probs = wins.sum(dim=2).flatten() / (group - 1)
@@ -150,8 +145,8 @@ def train(models, config, questions, reward=evaluate.true_rewards):
                 judge_pairs = labelled_pairs(prompts, texts, wins)
                 judge = train_reward_model(opponent, tokenizer, judge_pairs, config)
                 reward = learned_reward(judge, tokenizer)
-            check_start(policy, scored, config)
-            steps = train_sppo(policy, train_dpo.make_optimizer(policy, config), scored, config)
+            check_start(policy, scored, round_config)
+            steps = train_sppo(policy, optimizer, scored, round_config)
         for metrics in steps:
             yield metrics | {"round": number}
 
@@ -161,7 +156,7 @@ def check_start(policy, scored, config):
     """At the start of a round policy and reference are one, so their losses are."""
     batch = scored.take(range(min(config.batch_size, len(scored.examples))))
     loss, expected = (
-        sppo_loss(logps, batch.ref_logps, batch.win_probs, config.loss_beta).mean().item()
+        sppo_loss(logps, batch.ref_logps, batch.win_probs, config.beta).mean().item()
         for logps in (response_logps(policy, batch.examples), batch.ref_logps)
     )
     runs.check_first_loss(loss, expected, config)
@@ -199,10 +194,10 @@ def main():
     source = Village(policy, reference, tokenizer, config)
     run.keep(policy, tokenizer)
     responses = config.questions * (1 if config.spin else config.group)
-    steps = config.rounds * train_dpo.count_steps(config, responses)[1]
+    steps = config.rounds * max(1, responses // config.batch_size)
     labels = count_labels(config)
     print(f"{labels} labels will be asked for in {config.rounds} rounds")
-    training = train((policy, reference, tokenizer), config, village.split_questions()[0])
+    training = train((policy, reference, tokenizer), config, source.train)
     for metrics in run.track(training, steps):
         metrics |= source.probe()
     run.finish(source.report() | {"labels": labels})

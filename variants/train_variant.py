@@ -7,7 +7,6 @@
 methods; a loss's own coefficient is --loss-beta. Writes out/NAME.pt, .jsonl and .json.
 """
 
-import argparse
 import copy
 import sys
 from dataclasses import dataclass
@@ -19,7 +18,8 @@ import torch
 sys.path.insert(0, str(Path(__file__).parent.parent))  # run from anywhere
 import train_dpo
 from lab import flags, runs
-from lab.pairs import source_of
+from lab.flags import flag
+from lab.pairs import OwnData, Village
 from variants import kto, losses
 
 # Found by a small sweep on seed 0 (README, "The family").
@@ -38,14 +38,14 @@ DEFAULTS = {
 
 @dataclass
 class Config(train_dpo.Config):
-    beta: float = flags.flag(0.5, "β of Eq. 3, by which all methods are judged alike")
-    loss: str = flags.flag("ipo", "which relative of DPO", choices=tuple(DEFAULTS))
-    loss_beta: float = flags.flag(0.5, "the loss's own coefficient, called β in its paper")
-    label_smoothing: float = flags.flag(0.1, "cdpo, robust: share of flipped labels", below=0.5)
-    average: bool = flags.flag(False, "ipo: means over tokens, as TRL has it")
-    alpha: float = flags.flag(0.1, "rpo: weight of the chosen response's SFT loss")
-    gamma: float = flags.flag(0.5, "simpo: the margin asked for")
-    lambda_: float = flags.flag(0.5, "orpo: weight of the odds ratio")
+    beta: float = flag(0.5, "β of Eq. 3, by which all methods are judged alike")
+    loss: str = flag("ipo", "which relative of DPO", choices=tuple(DEFAULTS))
+    loss_beta: float = flag(0.5, "the loss's own coefficient, called β in its paper")
+    label_smoothing: float = flag(0.1, "cdpo, robust: share of flipped labels", below=0.5)
+    average: bool = flag(False, "ipo: means over tokens, as TRL has it")
+    alpha: float = flag(0.1, "rpo: weight of the chosen response's SFT loss")
+    gamma: float = flag(0.5, "simpo: the margin asked for")
+    lambda_: float = flag(0.5, "orpo: weight of the odds ratio")
 
 
 def variant_losses(policy_chosen_logps, policy_rejected_logps, batch, config):
@@ -90,10 +90,8 @@ def steps_of(config):
 
 def read_flags():
     """The flags, with the defaults of the loss that they name."""
-    parser = argparse.ArgumentParser(add_help=False)
-    parser.add_argument("--loss", nargs="?")
-    name = parser.parse_known_args()[0].loss or Config.loss
-    config = flags.read_config(Config, "train_variant.py", **DEFAULTS.get(name, {}))
+    name = flags.read_config(Config, "train_variant.py").loss
+    config = flags.read_config(Config, "train_variant.py", **DEFAULTS[name])
     if name == "kto" and (config.batch_size < 2 or config.grad_accum > 1):
         raise SystemExit("kto's z is a batch's mean: --batch-size from 2 up, no --grad-accum")
     return config
@@ -109,7 +107,7 @@ def main():
         sft = Path(config.init or f"{config.out}/sft.pt")
         pretrained, device = sft.with_name("pretrained.pt"), policy.wte.weight.device
         policy, _ = runs.load_checkpoint(pretrained, device, config.dtype)
-    source = source_of(policy, reference, tokenizer, config)
+    source = (OwnData if config.pairs else Village)(policy, reference, tokenizer, config)
     texts, held_out_texts = source.pairs()
     dataset = add_reference_logps(reference, tokenizer, texts)
     held_out = add_reference_logps(reference, tokenizer, held_out_texts)
