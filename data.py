@@ -53,7 +53,8 @@ def tokenizer_state(tokenizer: tiktoken.Encoding) -> dict:
 def encode(tokenizer: tiktoken.Encoding, prompt: str, response: str) -> tuple[list, list]:
     """Two texts -> the example (ids, mask).
 
-    They are tokenised apart, so that no token straddles the border.
+    They are tokenised apart, so that no token straddles the border, and nothing is put between
+    them: a response brings the space that it starts with.
     """
     prompt_ids = tokenizer.encode_ordinary(prompt)
     response_ids = [*tokenizer.encode_ordinary(response), tokenizer.eot_token]
@@ -79,15 +80,18 @@ def collate(examples: list[tuple[list, list]], device="cpu") -> tuple[torch.Tens
 
 
 def batches(count: int, batch_size: int, steps: int, seed: int) -> Iterator[list[int]]:
-    """For each step the indices below count of its batch; each epoch is in a new order."""
+    """Yield for each step batch_size indices below count, or all of them where they are fewer.
+
+    Every epoch has a new order. A batch may hold the end of one epoch and the start of the next.
+    """
     rng = random.Random(seed)
     endless = (i for _ in itertools.count() for i in rng.sample(range(count), count))
     for _ in range(steps):
-        yield list(itertools.islice(endless, batch_size))
+        yield list(itertools.islice(endless, min(batch_size, count)))
 
 
 def learning_rates(peak: float, steps: int) -> list[float]:
-    """For each step its rate: linear warm-up over a twentieth of them, then a cosine to zero."""
+    """The rate of each step: it rises for a twentieth of them, then falls to zero as a cosine."""
     warmup = steps // 20
     up = [peak * ((step + 1) / (warmup + 1)) for step in range(warmup)]
     down = [math.pi * step / (steps - warmup) for step in range(steps - warmup)]

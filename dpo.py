@@ -7,7 +7,7 @@ Every function takes tensors, never a model: what is here can be checked with pe
     policy, reference                  π_θ, π_ref   the model being trained; the frozen SFT model
     beta                               β            strength of the tether to the reference in Eq. 3
     *_logps                            log π(y|x)   summed over the response's tokens, in nats
-    chosen_rewards, rejected_rewards   r̂            β log(π_θ/π_ref): Eq. 5 without its β log Z(x)
+    chosen_rewards, rejected_rewards   r̂            β log(π_θ/π_ref): Eq. 5 but for β log Z(x)
     margins                            r̂_w − r̂_l    what the sigmoid of Eq. 7 sees
 """
 
@@ -17,10 +17,10 @@ from torch import Tensor
 
 
 def token_logps(logits: Tensor, ids: Tensor, mask: Tensor) -> Tensor:
-    """log π of every token that is scored, 0 at the others: (B, T, V), (B, T), (B, T) -> (B, T-1).
+    """log π of every token that is scored, and 0 at the others -> (B, T-1).
 
-    logits (B, T, V), ids (B, T) int64, mask (B, T) bool, True on the tokens to score. float32, or
-    float64 for float64 logits. A token that is not scored may be any valid id.
+    logits (B, T, V), ids (B, T) int64, mask (B, T) bool, True on the tokens to score. The result is
+    float32, or float64 for float64 logits. A token that is not scored may be any valid id.
     """
     assert mask.dtype == torch.bool and ids.shape == mask.shape == logits.shape[:2]
     if logits.dtype != torch.float64:
@@ -44,10 +44,15 @@ def dpo_loss(
     ref_rejected_logps: Tensor,
     beta: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Eq. 7 for every pair: −log σ(r̂_w − r̂_l), the surprise of its label under Eq. 6.
+    """Eq. 7 for every pair: −log σ(r̂_w − r̂_l), the negative log-likelihood of its label.
 
-    Four log-probabilities (B,) -> (losses, chosen_rewards, rejected_rewards), (B,) each, without
-    reduction; the rewards are detached, for logging.
+    By Eq. 5 a policy is the optimum of Eq. 3 for the reward β log(π_θ/π_ref) + β log Z(x). Nobody
+    can compute Z(x), but it is the same for both responses to a prompt and cancels in their
+    difference. So a policy is its own reward model, and is fitted to the labels as one. The
+    gradient, −β σ(r̂_l − r̂_w) (∇log π(y_w) − ∇log π(y_l)), is large where the order is wrong.
+
+    Four log-probabilities (B,) -> (losses, chosen_rewards, rejected_rewards), each (B,): no mean is
+    taken, and the rewards carry no gradient.
     """
     chosen_rewards = beta * (policy_chosen_logps - ref_chosen_logps)
     rejected_rewards = beta * (policy_rejected_logps - ref_rejected_logps)

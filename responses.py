@@ -9,28 +9,26 @@ import dpo
 
 
 def response_logps(model, examples) -> Tensor:
-    """log π(y|x) of N examples (ids, mask) -> (N,), with a gradient, on the model's device.
-
-    Rows of like length pass the model together, since padding is work too, and few at a time: they
-    fit a CPU's cache, and their logits a quarter of a gigabyte. Tokens that come before all scored
-    ones need no logits.
-    """
+    """log π(y|x) of N examples (ids, mask) -> (N,), with a gradient, on the model's device."""
     device, vocab_size = model.wte.weight.device, model.config.vocab_size
+    # Examples of like length go through the model together, because padding costs time too. A few
+    # at a time are fastest on a CPU, whose cache they fit; and 2^26 logits take 256 MB.
     order = sorted(range(len(examples)), key=lambda i: len(examples[i][0]))
     longest = len(examples[order[-1]][0])
-    rows = max(1, min(32 if device.type == "cpu" else 512, 2**26 // (longest * vocab_size)))
+    count = max(1, min(32 if device.type == "cpu" else 512, 2**26 // (longest * vocab_size)))
     logps = []
-    for start in range(0, len(order), rows):
-        ids, mask = data.collate([examples[i] for i in order[start : start + rows]], device)
-        first = max(0, mask.int().argmax(dim=1).min().item() - 1)  # predicts the first one scored
-        logits = model(ids, first)  # (rows, T - first, V)
-        logps.append(dpo.sequence_logps(logits, ids[:, first:], mask[:, first:]))
-    return torch.cat(logps)[torch.tensor(order, device=device).argsort()]
+    for start in range(0, len(order), count):
+        ids, mask = data.collate([examples[i] for i in order[start : start + count]], device)
+        # No logits are needed before those that predict the first scored token.
+        first = max(0, mask.int().argmax(dim=1).min().item() - 1)
+        logits = model(ids, first)  # (count, T - first, V)
+        logps.append(dpo.sequence_logps(logits, ids[:, first:], mask[:, first:]))  # (count,)
+    return torch.cat(logps)[torch.tensor(order, device=device).argsort()]  # (N,), as they came
 
 
 @torch.no_grad()
 def response_logps_no_grad(model, examples, label="log-probabilities") -> Tensor:
-    """The same of any number of examples, without a gradient -> (N,) float32."""
+    """The same without a gradient, of any number of examples -> (N,) float32."""
     logps = torch.empty(len(examples), device=model.wte.weight.device)
     for start in tqdm(range(0, len(examples), 4096), label, leave=False, disable=None):
         chunk = slice(start, start + 4096)

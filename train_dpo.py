@@ -1,11 +1,14 @@
-"""Align the fine-tuned model with DPO, Eq. 7, against a frozen copy of itself, and measure it.
+"""Align the fine-tuned model with DPO against a frozen copy of itself, and measure the result.
 
-    python train_dpo.py                     pairs sampled from the reference, labelled by Eq. 1
+Eq. 7 of the paper, the loss of one pair:
+    −log σ( β log π_θ(y_w|x)/π_ref(y_w|x) − β log π_θ(y_l|x)/π_ref(y_l|x) )
+
+    python train_dpo.py                     pairs of the village, whose true reward is known
     python train_dpo.py --pairs my.jsonl    your own {"prompt", "chosen", "rejected"} lines
     python train_dpo.py --resume            go on where a run was interrupted
 
-Writes out/pairs.jsonl, out/dpo.pt, out/dpo.jsonl (metrics of the steps), out/dpo.json (the report);
-while it runs, the policy so far and what --resume needs in out/dpo.part.pt.
+Writes out/pairs.jsonl; out/dpo.pt, the trained policy; out/dpo.jsonl, the metrics of each step;
+out/dpo.json, the report. While it runs, out/dpo.part.pt has what --resume needs.
 """
 
 import copy
@@ -25,24 +28,24 @@ from responses import response_logps, response_logps_no_grad
 
 @dataclass
 class Config(evaluate.Config):
-    """The settings of DPO; lab/evaluate.py and lab/flags.py have those that are no part of it."""
+    """The settings of DPO. Inherited are seed, out, device, dtype, init and how to measure."""
 
-    beta: float = flag(0.5, "β of Eq. 7; also of Eq. 3, by which the village judges")
-    lr: float = flag(6e-3, "the highest learning rate: the best of three, README")
-    optimizer: str = flag("sgd", "leaks less than adamw here, README", ("sgd", "adamw"))
-    momentum: float = flag(0.9, "of sgd", zero=True, below=1)
-    epochs: int = flag(1, "more learn the labels' noise by heart")
-    batch_size: int = flag(64, "pairs a step")
-    grad_accum: int = flag(1, "backward passes a step, each of as many pairs: saves memory")
-    num_pairs: int = flag(24_000, "to sample in the village: fewer learn the facts less")
-    pairs: str = flag("", "own preference file, in place of the village's pairs")
-    skip_bad: bool = flag(False, "count the bad lines of that file, and go on")
-    resume: bool = flag(False, "from the last saved state of the same run")
+    beta: float = flag(0.5, "β of Eq. 7, and of Eq. 3, by which the report judges the policy")
+    lr: float = flag(6e-3, "highest learning rate; the README compares it with lower and higher")
+    optimizer: str = flag("sgd", "the README says why not adamw here", ("sgd", "adamw"))
+    momentum: float = flag(0.9, "momentum of sgd", zero=True, below=1)
+    epochs: int = flag(1, "passes over the pairs; more of them learn noisy labels by heart")
+    batch_size: int = flag(64, "pairs in each step")
+    grad_accum: int = flag(1, "parts of a batch, each with its backward pass: takes less memory")
+    num_pairs: int = flag(24_000, "pairs to sample in the village; with fewer, facts stay unlearnt")
+    pairs: str = flag("", "your own preference file, in place of the village's pairs")
+    skip_bad: bool = flag(False, "leave out bad lines of that file, and count them")
+    resume: bool = flag(False, "go on from the last saved state of the same run")
 
 
 @dataclass
 class Pairs:
-    """N preference pairs and what the reference thinks of them. A batch is a smaller one."""
+    """N preference pairs with the reference's log-probabilities. A batch is a smaller one."""
 
     chosen: list  # N examples (ids, mask): a prompt and its preferred response
     rejected: list  # N examples: the same prompts, the other responses
@@ -53,23 +56,26 @@ class Pairs:
         return len(self.chosen)
 
     def take(self, rows):
-        chosen, rejected = ([side[i] for i in rows] for side in (self.chosen, self.rejected))
+        """The pairs at these indices."""
+        chosen = [self.chosen[i] for i in rows]
+        rejected = [self.rejected[i] for i in rows]
         return Pairs(chosen, rejected, self.ref_chosen_logps[rows], self.ref_rejected_logps[rows])
 
 
 def add_reference_logps(reference, tokenizer, texts):
-    """(prompt, chosen, rejected) texts -> Pairs. The reference never changes, and so it reads each
-    response once, here, and not again at every step."""
-    if texts and isinstance(texts[0][2], bool):
-        raise SystemExit("likes make no pairs: python variants/train_variant.py --loss kto")
+    """(prompt, chosen, rejected) texts -> Pairs.
+
+    The reference never changes, so it reads each response once, here, and not at every step.
+    """
     chosen = [data.encode(tokenizer, prompt, response) for prompt, response, _ in texts]
     rejected = [data.encode(tokenizer, prompt, response) for prompt, _, response in texts]
-    ref_logps = (response_logps_no_grad(reference, responses) for responses in (chosen, rejected))
-    return Pairs(chosen, rejected, *ref_logps)
+    ref_chosen_logps = response_logps_no_grad(reference, chosen)
+    ref_rejected_logps = response_logps_no_grad(reference, rejected)
+    return Pairs(chosen, rejected, ref_chosen_logps, ref_rejected_logps)
 
 
 def pair_losses(policy_chosen_logps, policy_rejected_logps, batch, config):
-    """Eq. 7 for each pair of a batch -> (B,). A relative of DPO hands train() its own function."""
+    """Eq. 7 for each pair of a batch -> (B,). For another loss, hand train() another function."""
     losses, _, _ = dpo_loss(
         policy_chosen_logps,
         policy_rejected_logps,
@@ -81,10 +87,11 @@ def pair_losses(policy_chosen_logps, policy_rejected_logps, batch, config):
 
 
 def pair_metrics(policy_chosen_logps, policy_rejected_logps, batch, config):
-    """What is logged of a batch, whatever its loss. A new metric is one more line here.
+    """What is logged of a batch. A new metric is one more line here.
 
-    Accuracy says nothing at step 0, where policy and reference are one: the sign of each margin is
-    rounding noise.
+    The rewards are computed here, and not by the loss, so that they mean the same for every loss.
+    The accuracy of the first step says nothing: policy and reference are still one, so that every
+    margin is 0, and rounding alone decides its sign.
     """
     chosen_rewards = config.beta * (policy_chosen_logps.detach() - batch.ref_chosen_logps)
     rejected_rewards = config.beta * (policy_rejected_logps.detach() - batch.ref_rejected_logps)
@@ -100,10 +107,10 @@ def pair_metrics(policy_chosen_logps, policy_rejected_logps, batch, config):
 
 
 def train(policy, optimizer, pairs, config, loss_fn=pair_losses, start=0):
-    """Go down Eq. 7, and yield the metrics of each step after the first `start`."""
-    batch_size, steps = count_steps(config, len(pairs))
+    """Take every step but the first `start`, and yield its metrics, as they were before it."""
+    steps = count_steps(config, len(pairs))
     rates = data.learning_rates(config.lr, steps)
-    batches = data.batches(len(pairs), batch_size, steps, config.seed)
+    batches = data.batches(len(pairs), config.batch_size, steps, config.seed)
     for step, rows in itertools.islice(enumerate(batches), start, None):
         optimizer.param_groups[0]["lr"] = rates[step]
         parts = []
@@ -124,7 +131,7 @@ def train(policy, optimizer, pairs, config, loss_fn=pair_losses, start=0):
 
 def held_out_metrics(policy, pairs, config, loss_fn=pair_losses):
     """Loss and accuracy on pairs that no step has seen; nothing where there are none."""
-    if not len(pairs):
+    if not pairs.chosen:
         return {}
     logps = [response_logps_no_grad(policy, side) for side in (pairs.chosen, pairs.rejected)]
     return {
@@ -135,12 +142,12 @@ def held_out_metrics(policy, pairs, config, loss_fn=pair_losses):
 
 @torch.no_grad()
 def check_start(policy, pairs, config, loss_fn=pair_losses):
-    """Before its first step the policy is the reference, and Eq. 7 is ln 2 = 0.6931 for every pair.
+    """Refuse a policy that is not yet the reference. Where it is, Eq. 7 is −log σ(0) = 0.6931.
 
-    For any loss: it must be what the reference's own log-probabilities give.
+    Another loss has another value there: the one that it has for the reference's own
+    log-probabilities in place of the policy's.
     """
-    batch_size, _ = count_steps(config, len(pairs))
-    batch = pairs.take(range(batch_size))
+    batch = pairs.take(range(min(config.batch_size, len(pairs))))
     logps = response_logps(policy, batch.chosen + batch.rejected).chunk(2)
     loss = loss_fn(*logps, batch, config).mean().item()
     ref_logps = batch.ref_chosen_logps, batch.ref_rejected_logps
@@ -154,20 +161,18 @@ def make_optimizer(policy, config):
 
 
 def count_steps(config, count):
-    """How many of `count` pairs a step takes, and how many steps there are."""
+    """The number of steps in which a training sees `count` pairs config.epochs times."""
     batch_size = min(config.batch_size, count)
     if batch_size % config.grad_accum:
         raise SystemExit(f"--grad-accum {config.grad_accum} does not divide a step's {batch_size}")
-    return batch_size, max(1, config.epochs * count // batch_size)
-
-
-SHOWN = "loss", "rewards/margins", "rewards/accuracies"
+    return max(1, config.epochs * count // batch_size)
 
 
 def main():
     config = flags.read_config(Config, "train_dpo.py")
     run = runs.Run("dpo", config)
     policy, tokenizer = runs.load_policy(config)
+    # The reference is the policy as it was before any step: the copy must come before resume().
     reference = copy.deepcopy(policy).requires_grad_(False)
     source = (OwnData if config.pairs else Village)(policy, reference, tokenizer, config)
     texts, held_out_texts = source.pairs()
@@ -176,13 +181,16 @@ def main():
     print("the first response, scored tokens marked:", data.paint(tokenizer, *pairs.chosen[0]))
     check_start(policy, pairs, config)
     optimizer = make_optimizer(policy, config)
-    run.keep(policy, tokenizer, optimizer, data=texts, reference=runs.weight_sums(reference))
-    run.resume()
-    run.lap("pairs, read by the reference")
-    training = train(policy, optimizer, pairs, config, start=run.step)
-    _, steps = count_steps(config, len(pairs))
-    for metrics in run.track(training, steps, SHOWN):  # ten times on the way
-        metrics |= held_out_metrics(policy, held_out, config) | source.probe()
+    run.saves(policy, tokenizer, optimizer, data=texts, reference=runs.weight_sums(reference))
+    runs.resume(run)
+
+    def measure():
+        """What the loss does not show. It is asked for ten times in a run."""
+        return held_out_metrics(policy, held_out, config) | source.probe()
+
+    steps = count_steps(config, len(pairs))
+    for metrics in run.track(train(policy, optimizer, pairs, config, start=run.step), steps):
+        run.log(metrics, measure)
     run.finish(held_out_metrics(policy, held_out, config) | source.report())
 
 

@@ -83,8 +83,8 @@ def fit(run, examples, held_out, batch_size, steps, lr):
     batches = data.batches(len(examples), batch_size, steps, run.config.seed)
     rates = data.learning_rates(lr, steps)
     training = train(run.model, run.optimizer, examples, batches, rates, run.step)
-    for _ in run.track(training, steps):
-        pass  # the log shows the loss; there is no more to measure on the way
+    for metrics in run.track(training, steps):
+        run.log(metrics)
     loss = cross_entropy(response_logps_no_grad(run.model, held_out), held_out).item()
     print(f"{run.name}: {loss:.3f} nats a token on held-out text")
     run.finish({"held-out/loss": loss})
@@ -136,11 +136,11 @@ def main():
     print("one example, scored tokens marked:", data.paint(tokenizer, *examples[0]))
 
     pretraining, fine_tuning = runs.Run("pretrained", config), runs.Run("sft", config)
-    pretraining.keep(model, tokenizer, make_optimizer(model, 0.1), data=(corpus, demos))
+    pretraining.saves(model, tokenizer, make_optimizer(model, 0.1), data=(corpus, demos))
     # No weight decay: it keeps what is certain a little uncertain, and nothing harms DPO as much as
     # a reference that writes garbled answers (README, "What holds DPO back").
-    fine_tuning.keep(model, tokenizer, make_optimizer(model, 0), data=(corpus, demos))
-    if fine_tuning.resume(pretraining) is pretraining:
+    fine_tuning.saves(model, tokenizer, make_optimizer(model, 0), data=(corpus, demos))
+    if runs.resume(pretraining, fine_tuning) is pretraining:  # so it is without --resume
         rows, held_rows = (cut_rows(tokenizer, texts, config.context) for texts in corpus)
         batch_size = config.batch_size // 2 or 1
         fit(pretraining, rows, held_rows, batch_size, config.pretrain_steps, config.pretrain_lr)

@@ -133,38 +133,33 @@ def run_pairs(ground, name, flips=0.0, **settings):
     texts, dataset, seconds = ground.pairs
     texts = texts[: len(texts) // 2] if half else texts
     if name == "dpo":
-        config, train = ground.config(train_dpo.Config), train_dpo.train
+        config = ground.config(train_dpo.Config)
+        add_reference_logps, train = train_dpo.add_reference_logps, train_dpo.train
     else:
         settings = train_variant.DEFAULTS[name] | settings | {"loss": name}
         config = ground.config(train_variant.Config, **settings)
         add_reference_logps, train, *_ = train_variant.steps_of(config)
-        if name == "kto":
-            dataset = add_reference_logps(ground.reference, ground.tokenizer, texts)
-    if flips:
-        dataset = flip(dataset, flips, ground.seed)
+    if flips or name == "kto":
+        texts = flip(texts, flips, ground.seed)
+        dataset = add_reference_logps(ground.reference, ground.tokenizer, texts)
     policy = ground.policy(ground.folder / "pretrained.pt" if name == "orpo" else None)
     optimizer = train_dpo.make_optimizer(policy, config)
     consume(train(policy, optimizer, dataset, config), name)
     return policy, len(texts) * (2 if name == "kto" else 1), seconds
 
 
-def flip(pairs, share, seed):
+def flip(texts, share, seed):
     """Chosen and rejected exchanged in a share of the pairs."""
-    flipped = torch.rand(len(pairs), generator=torch.Generator().manual_seed(seed)) < share
-    sides = zip(pairs.chosen, pairs.rejected, flipped)
-    chosen, rejected = zip(*[(r, c) if f else (c, r) for c, r, f in sides])
-    ref_logps = pairs.ref_chosen_logps, pairs.ref_rejected_logps
-    swapped = (torch.where(flipped, a, b) for a, b in (ref_logps[::-1], ref_logps))
-    return train_dpo.Pairs(list(chosen), list(rejected), *swapped)
+    flipped = torch.rand(len(texts), generator=torch.Generator().manual_seed(seed)) < share
+    return [(p, r, c) if flip else (p, c, r) for (p, c, r), flip in zip(texts, flipped)]
 
 
 def run_sft(ground, demonstrations):
     """Fine-tuning on (prompt, response) texts, at a third of train_sft.py's rate."""
     policy = ground.policy()
     examples = [data.encode(ground.tokenizer, *demo) for demo in demonstrations]
-    batch_size = min(64, len(examples))
-    steps = len(examples) // batch_size
-    batches = data.batches(len(examples), batch_size, steps, ground.seed)
+    steps = max(1, len(examples) // 64)
+    batches = data.batches(len(examples), 64, steps, ground.seed)
     optimizer, rates = train_sft.make_optimizer(policy, 0), data.learning_rates(1e-3, steps)
     consume(train_sft.train(policy, optimizer, examples, batches, rates), "SFT")
     return policy

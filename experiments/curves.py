@@ -74,10 +74,8 @@ def mean_and_deviation(values, style):
 
 def print_optimum_tables(reports):
     """Mean ± standard deviation over runs, as Markdown."""
-    parts = {
-        "held-out questions": reports,
-        "facts never asked": [report["never_asked"] for report in reports],
-    }
+    never = [report["never_asked"] for report in reports]
+    parts = {"held-out questions": reports, "facts never asked": never}
     rows = {"reference": "reference", "policy": "DPO", "optimum": "optimum, Eq. 4"}
     styles = {"reward": ".3f", "kl": ".3f", "objective": ".3f", "optimality": ".1%"}
     for title, part in parts.items():
@@ -96,10 +94,8 @@ def print_runs(folders, runs):
     print("\n| run | loss | accuracy | garbled | E[r] | KL | optimality |")
     print("|---|---|---|---|---|---|---|")
     for folder, (steps, report) in zip(folders, runs):
-        loss, accuracy = (
-            statistics.fmean(line[name] for line in steps[-50:])
-            for name in ("loss", "rewards/accuracies")
-        )
+        loss = statistics.fmean(line["loss"] for line in steps[-50:])
+        accuracy = statistics.fmean(line["rewards/accuracies"] for line in steps[-50:])
         garbled = [line["fresh/garbled"] for line in steps if "fresh/garbled" in line][-1]
         policy = report["policy"]
         print(

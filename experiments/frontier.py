@@ -69,7 +69,7 @@ def training_of(ground, method, beta, policy):
             config = ground.config(train_variant.Config, **own)
             loss_fn = train_variant.variant_losses
         optimizer = train_dpo.make_optimizer(policy, config)
-        _, steps = train_dpo.count_steps(config, len(pairs))
+        steps = train_dpo.count_steps(config, len(pairs))
         return train_dpo.train(policy, optimizer, pairs, config, loss_fn), steps
     if method == "GRPO":
         config = ground.config(train_grpo.Config, kl_beta=beta)
@@ -167,9 +167,7 @@ def main():
     line, ceilings = frontier(ground.exact, betas), bounds(ground.exact, betas)
     above = []
     print(
-        "\n| method | its β | KL | E[r] | standard errors above the frontier |",
-        "|---|---|---|---|---|",
-        sep="\n",
+        "\n| method | its β | KL | E[r] | standard errors above the frontier |\n" + "|---" * 5 + "|"
     )
     for method, sweep in sweeps.items():
         for beta, points in sweep.items():

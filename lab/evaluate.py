@@ -142,7 +142,7 @@ def print_table(title, summary, bracket):
     print(f"± one standard error. Texts outside the grammar move the optimum's J by {bracket:.0e}.")
 
 
-def print_answers(reference, policy, tokenizer, prompts, config):
+def print_answers(policy, reference, tokenizer, prompts, config):
     """A sample before and one after, from the same seed; in the village with true rewards."""
     true = prompts[0] in village.QUESTIONS
     print("\nBefore and after" + ", true rewards in front" * true)

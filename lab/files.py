@@ -162,6 +162,11 @@ def own_preferences(config, tokenizer, block_size: int) -> tuple[list[tuple], li
     """A preference file -> (rows, rows held out), of texts (prompt, chosen, rejected), or of
     (prompt, completion, whether it is liked)."""
     fields = fields_of(config.pairs)
+    if fields[-1] == "label" and getattr(config, "loss", "dpo") != "kto":
+        raise SystemExit(
+            f"{config.pairs} has labels of single responses, which make no pairs: train on it with "
+            "python variants/train_variant.py --loss kto"
+        )
     rows = read_jsonl(config.pairs, fields, tokenizer, block_size, config.skip_bad)
     if fields[-1] == "rating":
         rows = pairs_from_ratings(rows, config.pairs)

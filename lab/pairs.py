@@ -88,10 +88,8 @@ class OwnData:
     def probe(self):
         """How far the policy has gone, and whether it still ends its answers."""
         texts, log_ratios = evaluate.fresh_samples(*self.models, self.prompts, self.config)
-        return {
-            "fresh/kl": log_ratios.mean().item(),
-            "fresh/cut-off": texts.count(None) / len(texts),
-        }
+        cut_off = texts.count(None) / len(texts)
+        return {"fresh/kl": log_ratios.mean().item(), "fresh/cut-off": cut_off}
 
     def report(self):
         evaluate.print_answers(*self.models, self.prompts[:8], self.config)

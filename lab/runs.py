@@ -72,10 +72,15 @@ def write_json(path, value):
     os.replace(f"{path}.tmp", path)
 
 
+# What the bar and the screen show of a step, where a training has it; the log holds everything.
+SHOWN = "loss", "rewards/margins", "rewards/accuracies", "reward", "true_reward", "kl"
+
+
 def average(recent, names):
-    """The means of some metrics over some steps, as text."""
-    means = {name: sum(metrics[name] for metrics in recent) / len(recent) for name in names}
-    return "  ".join(f"{name} {mean:.3f}" for name, mean in means.items())
+    """The means of some metrics over some steps, as text. What was not measured is left out."""
+    names = [name for name in names if name in recent[0]]
+    means = [sum(metrics[name] for metrics in recent) / len(recent) for name in names]
+    return "  ".join(f"{name} {mean:.3f}" for name, mean in zip(names, means))
 
 
 def finite_grad_norm(model, loss, flag="--lr"):
@@ -91,13 +96,13 @@ def finite_grad_norm(model, loss, flag="--lr"):
 def check_first_loss(loss, expected, config):
     """Refuse a policy that is not the reference before its first step: their losses would differ.
 
-    loss: of the policy's log-probabilities. expected: of the reference's own, in their place.
+    loss: of the policy's log-probabilities. expected: of the reference's own, put in their place.
     """
-    # Both have been computed in other batches, so the last bits differ, in bfloat16 the second.
+    # They were computed in other batches, so their last digits differ; in bfloat16, their second.
     tolerance = max(1, config.beta) * (1e-3 if config.dtype == "float32" else 5e-2)
     if not abs(loss - expected) <= tolerance * max(1, abs(expected)):
-        raise SystemExit(f"loss at step 0 is {loss:.4f}, not {expected:.4f}: policy ≠ reference")
-    print(f"loss at step 0: {loss:.4f}; of the reference's own log-probabilities: {expected:.4f}")
+        raise SystemExit(f"the policy's first loss is {loss:.4f}, the reference's {expected:.4f}")
+    print(f"loss before the first step: {loss:.4f}; the reference's own: {expected:.4f}")
 
 
 def weight_sums(model):
@@ -110,6 +115,91 @@ def identity(config, **parts):
     settings = {name: v for name, v in vars(config).items() if name not in NOT_COMPUTED}
     digests = {k: hashlib.sha256(repr(v).encode()).hexdigest()[:16] for k, v in parts.items()}
     return settings | digests
+
+
+class Run:
+    """One training's folder, log, bar, saved state and seconds.
+
+    Writes OUT/NAME.jsonl (a line of metrics for each step), OUT/NAME.pt and OUT/NAME.json (the
+    report); while it runs, the model so far and what --resume needs in OUT/NAME.part.pt.
+    """
+
+    last_lap = time.perf_counter()  # one clock for all trainings of a process
+
+    def __init__(self, name, config):
+        self.name, self.config, self.path = name, config, f"{config.out}/{name}"
+        self.step, self.seconds = 0, {}
+
+    def lap(self, stage):
+        """Note how long a stage took: all the time since the stage before it."""
+        now = time.perf_counter()
+        self.seconds[stage], Run.last_lap = round(now - Run.last_lap, 1), now
+
+    def saves(self, model, tokenizer, optimizer=None, **parts):
+        """Say what is to be saved, and what tells this run from others besides its settings.
+
+        parts: the data that it learns from, for one. They are not saved, only a digest of each.
+        """
+        self.model, self.optimizer = model, optimizer
+        run = identity(self.config, **parts)
+        self.always = {"tokenizer": data.tokenizer_state(tokenizer), "run": run}
+
+    def track(self, training, steps):
+        """Yield what `training` yields, the metrics of each of its `steps` steps but the first
+        self.step, with a bar, and save the model at the end. The caller hands each to log()."""
+        self.lap("preparing")
+        if os.path.exists(f"{self.path}.json"):
+            os.remove(f"{self.path}.json")  # the report of another run
+        self.steps = steps
+        self.bar = tqdm(total=steps, initial=self.step, desc=self.name, leave=False, disable=None)
+        with open(f"{self.path}.jsonl", "a+", buffering=1) as self.file, self.bar:
+            self.recent = self.cut_log()
+            try:
+                yield from training
+            except FloatingPointError as error:
+                raise SystemExit(f"after step {self.step}: {error}. What was saved before is kept")
+        self.save(f"{self.path}.pt")
+        print(f"mean of the last {len(self.recent)} steps:", average(self.recent, SHOWN))
+        self.lap("training")
+
+    def log(self, metrics, measure=dict):
+        """Write a step's line of NAME.jsonl. Ten times in a run, add to it what measure() finds
+        after the step, and then save the state, so that the log holds every step that is saved."""
+        self.step += 1
+        self.recent = [*self.recent[-49:], metrics]
+        means = average(self.recent, SHOWN)
+        self.bar.set_postfix_str(means, refresh=False)
+        self.bar.update()
+        is_tenth = self.step * 10 // self.steps > (self.step - 1) * 10 // self.steps
+        measured = measure() if is_tenth else {}
+        self.file.write(json.dumps({"step": self.step, **metrics, **measured}) + "\n")
+        if is_tenth:
+            now = "; now: " + average([measured], measured) if measured else ""
+            count = len(self.recent)
+            self.bar.write(f"step {self.step}/{self.steps}, mean of {count}: {means}{now}")
+            self.save(f"{self.path}.part.pt", step=self.step)
+
+    def cut_log(self):
+        """Leave only the lines of the steps behind us in the log -> the last of them."""
+        self.file.seek(0)
+        lines = [self.file.readline() for _ in range(self.step)]
+        if not all(line.endswith("\n") for line in lines):
+            raise SystemExit(f"--resume: {self.path}.jsonl has fewer lines than {self.step} steps")
+        self.file.truncate(self.file.tell())
+        return [json.loads(line) for line in lines[-50:]]
+
+    def save(self, path, **state):
+        if state and self.optimizer:
+            state["optimizer"] = self.optimizer.state_dict()
+        gpt.save(path, self.model, **self.always, **state)
+
+    def finish(self, report):
+        """Write the report, and remove what only an interrupted run needs."""
+        self.lap("measuring")
+        end = {"seconds": self.seconds, "config": vars(self.config), "seed": self.config.seed}
+        write_json(f"{self.path}.json", report | end)
+        os.remove(f"{self.path}.part.pt")
+        print(f"wrote {self.name}.pt, .jsonl and .json to {self.config.out}/: {self.seconds}")
 
 
 def find_state(paths, run, device):
@@ -129,101 +219,22 @@ def find_state(paths, run, device):
     raise SystemExit(f"--resume: {found}. Without the flag, a run starts from the beginning")
 
 
-class Run:
-    """One training's folder, log, bar, saved state and seconds.
-
-    Writes OUT/NAME.jsonl (a line of metrics a step), OUT/NAME.pt and OUT/NAME.json (the report);
-    while it runs, the model so far and what --resume needs in OUT/NAME.part.pt.
-    """
-
-    last_lap = time.perf_counter()  # one clock for all trainings of a process
-
-    def __init__(self, name, config):
-        self.name, self.config, self.path = name, config, f"{config.out}/{name}"
-        self.step, self.seconds = 0, {}
-
-    def lap(self, stage):
-        """Note how long a stage took: all the time since the stage before it."""
-        now = time.perf_counter()
-        self.seconds[stage], Run.last_lap = round(now - Run.last_lap, 1), now
-
-    def keep(self, model, tokenizer, optimizer=None, **parts):
-        """Say what is to be saved. parts: what the settings do not say of this run, as its data."""
-        self.model, self.optimizer = model, optimizer
-        run = identity(self.config, **parts)
-        self.kept = {"tokenizer": data.tokenizer_state(tokenizer), "run": run}
-
-    def resume(self, *earlier):
-        """With --resume, take up what was saved of this training, or of those that come before it
-        -> the one to go on with; without the flag the first of all."""
-        trainings = self, *earlier
-        if not self.config.resume:
-            return trainings[-1]
-        found = {f"{run.path}{end}": run for end in (".part.pt", ".pt") for run in trainings}
-        device = self.model.wte.weight.device
-        path, state = find_state(found, self.kept["run"], device)
-        if path == f"{self.path}.pt":
-            raise SystemExit(f"--resume: {path} is of this very run, and finished")
-        run = found[path]
-        run.model.load_state_dict(state["weights"])
-        print(f"resumed from {path}, step {state.get('step', 'the last')}")
-        if path == f"{run.path}.pt":  # finished: what comes after it is due
-            return trainings[trainings.index(run) - 1]
-        run.optimizer.load_state_dict(state["optimizer"])
-        run.step = state["step"]
-        return run
-
-    def track(self, training, steps, shown=("loss",)):
-        """Take a training to its end, and yield the metrics of ten of its steps on the way.
-
-        training yields the metrics of each of `steps` steps, but for the first self.step. What the
-        caller adds to those that are yielded here goes into the log with them. The state is saved
-        after that, so that the log holds every step that is saved.
-        """
-        if os.path.exists(f"{self.path}.json"):
-            os.remove(f"{self.path}.json")  # the report of another run
-        bar = tqdm(total=steps, initial=self.step, desc=self.name, leave=False, disable=None)
-        with open(f"{self.path}.jsonl", "a+", buffering=1) as log, bar:
-            recent = self.cut_log(log)
-            try:
-                for metrics in training:
-                    self.step += 1
-                    recent, names = [*recent[-49:], metrics], {*metrics}
-                    bar.set_postfix_str(average(recent, shown), refresh=False)
-                    bar.update()
-                    is_tenth = self.step * 10 // steps > (self.step - 1) * 10 // steps
-                    if is_tenth:
-                        yield metrics
-                        added = [name for name in metrics if name not in names]
-                        line = f"{average(recent, shown)}  {average([metrics], added)}".rstrip()
-                        bar.write(f"step {self.step:4}/{steps}  {line}")
-                    log.write(json.dumps({"step": self.step, **metrics}) + "\n")
-                    if is_tenth:
-                        self.save(f"{self.path}.part.pt", step=self.step)
-            except FloatingPointError as error:
-                raise SystemExit(f"after step {self.step}: {error}. What was saved before is kept")
-        self.save(f"{self.path}.pt")
-        print(f"last {len(recent)} steps:", average(recent, shown))
-        self.lap("training")
-
-    def cut_log(self, log):
-        """Leave only the lines of the steps behind us in the open file -> the last of them."""
-        log.seek(0)
-        lines = [log.readline() for _ in range(self.step)]
-        if not all(line.endswith("\n") for line in lines):
-            raise SystemExit(f"--resume: {log.name} has fewer lines than {self.step}, the steps")
-        log.truncate(log.tell())
-        return [json.loads(line) for line in lines[-50:]]
-
-    def save(self, path, **state):
-        if state and self.optimizer:
-            state["optimizer"] = self.optimizer.state_dict()
-        gpt.save(path, self.model, **self.kept, **state)
-
-    def finish(self, report):
-        """Write the report, and remove what only an interrupted run needs."""
-        self.lap("measuring")
-        end = {"seconds": self.seconds, "config": vars(self.config), "seed": self.config.seed}
-        write_json(f"{self.path}.json", report | end)
-        os.remove(f"{self.path}.part.pt")
-        print(f"wrote {self.name}.pt, .jsonl and .json to {self.config.out}/: {self.seconds}")
+def resume(*trainings):
+    """Of the trainings of a script, in their order, the one to start with: the first, or with
+    --resume the one that was interrupted. That one takes up the state that it has saved."""
+    if not trainings[0].config.resume:
+        return trainings[0]
+    latest = trainings[::-1]
+    found = {f"{run.path}{end}": run for end in (".part.pt", ".pt") for run in latest}
+    device = latest[0].model.wte.weight.device
+    path, state = find_state(found, latest[0].always["run"], device)
+    if path == f"{latest[0].path}.pt":
+        raise SystemExit(f"--resume: {path} is of this very run, and finished")
+    run = found[path]
+    run.model.load_state_dict(state["weights"])
+    print(f"resumed from {path}, step {state.get('step', 'the last')}")
+    if path == f"{run.path}.pt":  # this one is finished: the next one is due
+        return trainings[trainings.index(run) + 1]
+    run.optimizer.load_state_dict(state["optimizer"])
+    run.step = state["step"]
+    return run

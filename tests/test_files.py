@@ -1,6 +1,7 @@
 """lab/files.py: what happens to other people's files."""
 
 import json
+from types import SimpleNamespace
 
 import pytest
 
@@ -109,6 +110,17 @@ def test_a_rated_log_gives_the_pairs_it_should(tmp_path, capsys):
     assert "10 rated responses to 4 prompts give 2 pairs" in capsys.readouterr().out
     with pytest.raises(SystemExit, match="no prompt has two responses of different ratings"):
         files.pairs_from_ratings(rows[1:2], path)
+
+
+def test_labels_of_single_responses_are_refused_by_dpo_and_taken_by_kto(tmp_path, tokenizer):
+    rows = [{"prompt": f"q{i}", "completion": " a", "label": i > 1} for i in range(4)]
+    path = write_lines(tmp_path / "log.jsonl", rows)
+    config = SimpleNamespace(pairs=path, skip_bad=False, loss="kto")
+    train, held_out = files.own_preferences(config, tokenizer, 64)
+    assert sorted(train + held_out) == [(f"q{i}", " a", i > 1) for i in range(4)]
+    del config.loss
+    with pytest.raises(SystemExit, match="log.jsonl has labels .* --loss kto"):
+        files.own_preferences(config, tokenizer, 64)
 
 
 @pytest.mark.parametrize(

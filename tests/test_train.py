@@ -112,12 +112,12 @@ def test_a_policy_that_is_not_the_reference_is_found_before_the_first_step(setup
     """ln 2 = 0.6931 by hand; and a policy that has another opinion of one token."""
     reference, pairs, config = setup
     train_dpo.check_start(reference, pairs, config)
-    assert capsys.readouterr().out.startswith("loss at step 0: 0.6931; of the reference's")
+    assert capsys.readouterr().out.startswith("loss before the first step: 0.6931; the reference")
     policy = copy.deepcopy(reference)
     with torch.no_grad():
         policy.ln_f.weight[0] += 0.5
     message = refusal(train_dpo.check_start, policy, pairs, config)
-    assert "not 0.6931: policy ≠ reference" in message
+    assert message.startswith("the policy's first loss is ") and message.endswith("0.6931")
 
 
 def test_precomputed_reference_logps_equal_live_ones(setup):
@@ -210,6 +210,7 @@ def test_accumulated_gradients_are_the_whole_batchs(setup):
     assert one == pytest.approx(other, abs=1 / config.batch_size)
     with pytest.raises(SystemExit, match="--grad-accum 3 does not divide a step's 8"):
         train_dpo.count_steps(dataclasses.replace(config, grad_accum=3), 20)
+    assert train_dpo.count_steps(dataclasses.replace(config, epochs=3), 20) == 7  # of 8 pairs
 
 
 def test_each_pass_of_a_step_takes_its_own_pairs_with_their_reference_logps(setup):
@@ -264,7 +265,7 @@ def test_held_out_metrics_are_those_of_a_loop_over_pairs(setup):
         for weight in policy.parameters():
             weight += 0.05 * torch.randn(weight.shape, generator=chances)
     losses, right = [], 0
-    for i in range(len(pairs)):
+    for i in range(len(pairs.chosen)):
         logps = []
         for model in (policy, reference):
             for side in (pairs.chosen, pairs.rejected):
@@ -275,7 +276,7 @@ def test_held_out_metrics_are_those_of_a_loop_over_pairs(setup):
         losses.append(math.log1p(math.exp(-margin)))
         right += margin > 0
     found = train_dpo.held_out_metrics(policy, pairs, config)
-    assert 0 < right < len(pairs)
+    assert 0 < right < len(pairs.chosen)
     assert found["held-out/loss"] == pytest.approx(sum(losses) / len(losses), abs=1e-5)
     assert found["held-out/accuracy"] == pytest.approx(right / len(losses))
     nothing = train_dpo.add_reference_logps(reference, None, [])
@@ -298,7 +299,7 @@ def test_the_pipeline_on_the_village(finished):
     files = {f"{name}.{end}" for name in ("pretrained", "sft", "dpo") for end in ends}
     assert files | {"pairs.jsonl"} == {path.name for path in out.iterdir()}
     assert "nats a token on held-out text" in sft.stdout and "never asked: " in sft.stdout
-    assert "loss at step 0: 0.6931" in run.stdout and "optimum, Eq. 4" in run.stdout
+    assert "loss before the first step: 0.6931" in run.stdout and "optimum, Eq. 4" in run.stdout
     assert not run.stderr  # bars are quiet when the output is no terminal
     report = json.loads((out / "dpo.json").read_text())
     for part in (report, report["never_asked"]):
@@ -312,6 +313,17 @@ def test_the_pipeline_on_the_village(finished):
     lines = [json.loads(line) for line in (out / "dpo.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines] == [*range(1, len(lines) + 1)]
     assert "fresh/garbled" in lines[-1] and "fresh/kl" in lines[-1] and "lr" in lines[0]
+
+
+def test_the_answers_before_are_the_references_and_those_after_the_policys(finished):
+    out, _, run = finished
+    config, prompts = train_dpo.Config(), village.split_questions()[1][:2]
+    for label, name in (("before", "sft.pt"), ("after ", "dpo.pt")):
+        model, tokenizer = runs.load_checkpoint(out / name)
+        _, texts = responses.sample_responses(model, tokenizer, prompts, config, "")
+        for prompt, text in zip(prompts, texts):
+            score = -3 if text is None else village.reward(prompt, text)
+            assert f"    {label} {score:+.0f} {text or '(cut off)'}" in run.stdout
 
 
 def test_the_same_seed_gives_the_same_metrics_and_another_seed_others(finished, tmp_path):
@@ -441,7 +453,7 @@ def test_ctrl_c_leaves_whole_files_and_one_line(finished, tmp_path):
         cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
     )  # fmt: skip
     signal.signal(signal.SIGINT, handler)
-    while "step 0" not in process.stdout.readline():
+    while "first step" not in process.stdout.readline():
         assert process.poll() is None
     process.send_signal(signal.SIGINT)
     _, errors = process.communicate(timeout=60)

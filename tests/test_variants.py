@@ -289,12 +289,11 @@ def test_the_second_rounds_reference_is_the_first_rounds_policy(tokenizer, monke
     module, name = (train_dpo, "train") if spin else (train_selfplay, "train_sppo")
     original = getattr(module, name)
 
-    def spy(policy, optimizer, dataset, config):
-        examples = dataset.chosen if spin else dataset.examples
-        ref_logps = dataset.ref_chosen_logps if spin else dataset.ref_logps
+    def spy(policy, optimizer, *rest):
+        examples, ref_logps = (rest[0].chosen, rest[0].ref_chosen_logps) if spin else rest[:2]
         live = [response_logps_no_grad(model, examples) for model in (reference, policy)]
         seen.append([torch.allclose(ref_logps, logps, atol=1e-4) for logps in live])
-        return original(policy, optimizer, dataset, config)
+        return original(policy, optimizer, *rest)
 
     monkeypatch.setattr(module, name, spy)
     config = train_selfplay.Config(
@@ -432,11 +431,6 @@ def test_a_pair_is_a_thumb_up_and_a_thumb_down(tokenizer):
         assert found.liked.tolist() == [True, True, False, False]
 
 
-def test_thumbs_are_no_pairs(tokenizer):
-    with pytest.raises(SystemExit, match="--loss kto"):
-        train_dpo.add_reference_logps(None, tokenizer, [("q", "a", True)])
-
-
 # --- The experiments ----------------------------------------------------------------------------
 
 
@@ -486,17 +480,13 @@ def test_the_frontier_is_touched_by_the_optimum_and_a_policy_beyond_it_is_caught
     assert frontier.excess(beyond, bounds) > 4
 
 
-def test_flipped_labels_exchange_sides_together_with_their_log_probabilities():
-    sides = [[("w", i) for i in range(400)], [("l", i) for i in range(400)]]
-    pairs = train_dpo.Pairs(*sides, torch.arange(400.0), -torch.arange(400.0))
-    found = compare.flip(pairs, 0.25, seed=0)
-    flipped = [side == "l" for side, _ in found.chosen]
-    assert 70 < sum(flipped) < 130
-    for i, flip in enumerate(flipped):
-        assert found.chosen[i] == ("l" if flip else "w", i)
-        assert found.rejected[i] == ("w" if flip else "l", i)
-        assert found.ref_chosen_logps[i] == (-i if flip else i)
-        assert found.ref_rejected_logps[i] == -found.ref_chosen_logps[i]
+def test_flipped_labels_exchange_the_responses_of_their_share():
+    texts = [("q", f"w{i}", f"l{i}") for i in range(400)]
+    found = compare.flip(texts, 0.25, seed=0)
+    flipped = [chosen.startswith("l") for _, chosen, _ in found]
+    assert 70 < sum(flipped) < 130 and compare.flip(texts, 0.0, seed=0) == texts
+    for (_, chosen, rejected), before, flip in zip(found, texts, flipped):
+        assert (chosen, rejected) == (before[2:0:-1] if flip else before[1:])
 
 
 def test_every_method_runs_and_finished_runs_are_not_repeated(tmp_path):

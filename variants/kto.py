@@ -82,9 +82,9 @@ def losses_and_metrics(policy_logps, policy_mismatched_logps, batch, config):
 
 def train(policy, optimizer, thumbs, config, start=0):
     """Yields the metrics of each step after the first `start`."""
-    batch_size, steps = count_steps(config, len(thumbs))
+    steps = count_steps(config, len(thumbs))
     rates = data.learning_rates(config.lr, steps)
-    batches = data.batches(len(thumbs), batch_size, steps, config.seed)
+    batches = data.batches(len(thumbs), config.batch_size, steps, config.seed)
     for step, rows in itertools.islice(enumerate(batches), start, None):
         optimizer.param_groups[0]["lr"] = rates[step]
         batch = thumbs.take(rows)
@@ -101,7 +101,7 @@ def train(policy, optimizer, thumbs, config, start=0):
 
 def held_out_metrics(policy, thumbs, config):
     """Loss and accuracy on responses that no step has seen; nothing where there are none."""
-    if not len(thumbs):
+    if not thumbs.examples:
         return {}
     logps = [response_logps_no_grad(policy, part) for part in (thumbs.examples, thumbs.mismatched)]
     losses, metrics = losses_and_metrics(*logps, thumbs, config)
@@ -112,7 +112,7 @@ def held_out_metrics(policy, thumbs, config):
 @torch.no_grad()
 def check_start(policy, thumbs, config):
     """Where policy and reference are one, all that matters is 0, and the loss is ½."""
-    batch = thumbs.take(range(count_steps(config, len(thumbs))[0]))
+    batch = thumbs.take(range(min(config.batch_size, len(thumbs))))
     logps = response_logps(policy, batch.examples + batch.mismatched).chunk(2)
     ref_logps = batch.ref_logps, batch.ref_mismatched_logps
     losses, expected = (losses_and_metrics(*x, batch, config)[0] for x in (logps, ref_logps))

@@ -14,16 +14,10 @@ from torch import Tensor
 from dpo import dpo_loss
 
 
-def both_ways(
-    policy_chosen_logps, policy_rejected_logps, ref_chosen_logps, ref_rejected_logps, beta
-):
+def both_ways(chosen, rejected, ref_chosen, ref_rejected, beta):
     """Eq. 7 of each pair as it is labelled, and as if its label were flipped."""
-    labelled, _, _ = dpo_loss(
-        policy_chosen_logps, policy_rejected_logps, ref_chosen_logps, ref_rejected_logps, beta
-    )
-    flipped, _, _ = dpo_loss(
-        policy_rejected_logps, policy_chosen_logps, ref_rejected_logps, ref_chosen_logps, beta
-    )
+    labelled, _, _ = dpo_loss(chosen, rejected, ref_chosen, ref_rejected, beta)
+    flipped, _, _ = dpo_loss(rejected, chosen, ref_rejected, ref_chosen, beta)
     return labelled, flipped
 
 

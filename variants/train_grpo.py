@@ -134,13 +134,13 @@ def main():
     policy, tokenizer = runs.load_policy(config)
     reference = copy.deepcopy(policy).requires_grad_(False)
     source = Village(policy, reference, tokenizer, config)
-    run.keep(policy, tokenizer)
+    run.saves(policy, tokenizer)
     labels = config.steps * config.questions * config.group
     print(f"{labels} true rewards will be asked for")
     models = policy, reference, tokenizer
     training = train(models, config, source.train, evaluate.true_rewards)
-    for metrics in run.track(training, config.steps, ("reward", "kl", "loss")):
-        metrics |= source.probe()
+    for metrics in run.track(training, config.steps):
+        run.log(metrics, source.probe)
     run.finish(source.report() | {"labels": labels})
 
 

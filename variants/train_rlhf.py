@@ -157,12 +157,11 @@ def main():
         reward, extra = evaluate.true_rewards, {"labels": config.steps * config.samples}
     else:
         reward, extra = fit_reward_model(reference, tokenizer, config, run)
-    run.keep(policy, tokenizer)
+    run.saves(policy, tokenizer)
     models = policy, reference, tokenizer
     training = train(models, config, source.train, reward)
-    shown = "reward", "true_reward", "kl", "value_error"
-    for metrics in run.track(training, config.steps, shown):
-        metrics |= source.probe()
+    for metrics in run.track(training, config.steps):
+        run.log(metrics, source.probe)
     run.finish(source.report() | extra)
 
 

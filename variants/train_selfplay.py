@@ -24,7 +24,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).parent.parent))  # run from anywhere
 import data
@@ -54,19 +53,6 @@ class Config(evaluate.Config):
     reward_epochs: int = flag(2, "of the reward model over its pairs")
 
 
-@dataclass
-class Scored:
-    """N responses, and how often each has won against the others of its group."""
-
-    examples: list  # N examples (ids, mask)
-    win_probs: Tensor  # (N,)
-    ref_logps: Tensor  # (N,)
-
-    def take(self, rows):
-        examples = [self.examples[i] for i in rows]
-        return Scored(examples, self.win_probs[rows], self.ref_logps[rows])
-
-
 def compare(rewards, generator):
     """One label for each pair of a group: rewards (P, K) -> (P, K, K) bool, [p, i, j]: i beat j."""
     p = dpo.preference_probability(rewards[:, :, None], rewards[:, None, :])  # (P, K, K)
@@ -75,30 +61,32 @@ def compare(rewards, generator):
     return upper | lower
 
 
-def sppo_metrics(policy_logps, batch):
+def sppo_metrics(policy_logps, ref_logps, win_probs):
     """How far responses that won, and that lost, have gone from the reference."""
-    s = policy_logps.detach() - batch.ref_logps
-    won, lost = batch.win_probs > 0.5, batch.win_probs < 0.5
+    s, won, lost = policy_logps.detach() - ref_logps, win_probs > 0.5, win_probs < 0.5
     return {
         "log_ratio/won": (s * won).sum() / won.sum().clamp(min=1),
         "log_ratio/lost": (s * lost).sum() / lost.sum().clamp(min=1),
     }
 
 
-def train_sppo(policy, optimizer, scored, config):
-    """A round of SPPO; train_dpo.train() for single responses. Yields the metrics of each step."""
-    batch_size, steps = train_dpo.count_steps(config, len(scored.examples))
-    rates = data.learning_rates(config.lr, steps)
-    for lr, rows in zip(rates, data.batches(len(scored.examples), batch_size, steps, config.seed)):
+def train_sppo(policy, optimizer, examples, ref_logps, win_probs, config):
+    """A round of SPPO on N examples, their ref_logps (N,) and how often each has won (N,).
+
+    Yields the metrics of each step. It is train_dpo.train() for single responses.
+    """
+    rates = data.learning_rates(config.lr, train_dpo.count_steps(config, len(examples)))
+    batches = data.batches(len(examples), config.batch_size, len(rates), config.seed)
+    for lr, rows in zip(rates, batches):
         optimizer.param_groups[0]["lr"] = lr
-        batch = scored.take(rows)
-        logps = response_logps(policy, batch.examples)  # (B,)
-        loss = sppo_loss(logps, batch.ref_logps, batch.win_probs, config.beta).mean()
+        logps = response_logps(policy, [examples[i] for i in rows])  # (B,)
+        batch = ref_logps[rows], win_probs[rows]  # (B,) each
+        loss = sppo_loss(logps, *batch, config.beta).mean()
         loss.backward()
         grad_norm = runs.finite_grad_norm(policy, loss)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-        metrics = {"loss": loss} | sppo_metrics(logps, batch) | {"grad_norm": grad_norm}
+        metrics = {"loss": loss} | sppo_metrics(logps, *batch) | {"grad_norm": grad_norm}
         yield {name: value.item() for name, value in metrics.items()} | {"lr": lr}
 
 
@@ -140,26 +128,24 @@ def train(models, config, questions, reward=evaluate.true_rewards):
             wins = compare(reward(prompts, texts).view(-1, group), generator)
             win_probs = wins.sum(dim=2).flatten() / (group - 1)
             ref_logps = response_logps_no_grad(opponent, examples)
-            scored = Scored(examples, win_probs.to(ref_logps.device), ref_logps)
+            win_probs = win_probs.to(ref_logps.device)
             if config.judge == "model" and number == 1:
                 judge_pairs = labelled_pairs(prompts, texts, wins)
                 judge = train_reward_model(opponent, tokenizer, judge_pairs, config)
                 reward = learned_reward(judge, tokenizer)
-            check_start(policy, scored, round_config)
-            steps = train_sppo(policy, optimizer, scored, round_config)
+            check_start(policy, examples, ref_logps, win_probs, round_config)
+            steps = train_sppo(policy, optimizer, examples, ref_logps, win_probs, round_config)
         for metrics in steps:
             yield metrics | {"round": number}
 
 
 @torch.no_grad()
-def check_start(policy, scored, config):
+def check_start(policy, examples, ref_logps, win_probs, config):
     """At the start of a round policy and reference are one, so their losses are."""
-    batch = scored.take(range(min(config.batch_size, len(scored.examples))))
-    loss, expected = (
-        sppo_loss(logps, batch.ref_logps, batch.win_probs, config.beta).mean().item()
-        for logps in (response_logps(policy, batch.examples), batch.ref_logps)
-    )
-    runs.check_first_loss(loss, expected, config)
+    few = slice(config.batch_size)
+    logps = response_logps(policy, examples[few]), ref_logps[few]
+    losses = [sppo_loss(x, ref_logps[few], win_probs[few], config.beta).mean() for x in logps]
+    runs.check_first_loss(*(loss.item() for loss in losses), config)
 
 
 def labelled_pairs(prompts, texts, wins):
@@ -192,14 +178,14 @@ def main():
     policy, tokenizer = runs.load_policy(config)
     reference = copy.deepcopy(policy).requires_grad_(False)
     source = Village(policy, reference, tokenizer, config)
-    run.keep(policy, tokenizer)
+    run.saves(policy, tokenizer)
     responses = config.questions * (1 if config.spin else config.group)
     steps = config.rounds * max(1, responses // config.batch_size)
     labels = count_labels(config)
     print(f"{labels} labels will be asked for in {config.rounds} rounds")
     training = train((policy, reference, tokenizer), config, source.train)
     for metrics in run.track(training, steps):
-        metrics |= source.probe()
+        run.log(metrics, source.probe)
     run.finish(source.report() | {"labels": labels})
 
 

@@ -114,13 +114,16 @@ def main():
     if config.loss != "orpo":
         check_start(policy, dataset, config)
     optimizer = train_dpo.make_optimizer(policy, config)
-    run.keep(policy, tokenizer, optimizer, data=texts, reference=runs.weight_sums(reference))
-    run.resume()
-    run.lap("pairs, read by the reference")
-    _, steps = train_dpo.count_steps(config, len(dataset))
+    run.saves(policy, tokenizer, optimizer, data=texts, reference=runs.weight_sums(reference))
+    runs.resume(run)
+
+    def measure():
+        return held_out_metrics(policy, held_out, config) | source.probe()
+
+    steps = train_dpo.count_steps(config, len(dataset))
     training = train(policy, optimizer, dataset, config, start=run.step)
-    for metrics in run.track(training, steps, train_dpo.SHOWN):
-        metrics |= held_out_metrics(policy, held_out, config) | source.probe()
+    for metrics in run.track(training, steps):
+        run.log(metrics, measure)
     run.finish(held_out_metrics(policy, held_out, config) | source.report())
 
 
