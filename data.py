@@ -17,7 +17,7 @@ import torch
 from tiktoken._educational import bpe_train
 
 END = "<|endoftext|>"
-PATTERN = r" ?\w+| ?[^\w\s]+|\s+(?!\S)|\s+"  # a word takes the space before it along
+PATTERN = r" ?\w+| ?[^\w\s]+|\s+(?!\S)|\s+"  # a word includes the space before it
 
 
 def train_tokenizer(text: str, vocab_size: int) -> tiktoken.Encoding:
@@ -27,7 +27,7 @@ def train_tokenizer(text: str, vocab_size: int) -> tiktoken.Encoding:
     """
     words = sorted(set(re.findall(PATTERN, text)))
     if vocab_size < 256:
-        raise ValueError("fewer than 256 tokens, one for each byte")
+        raise ValueError("at least 256 tokens are needed, one for each byte")
     try:
         ranks = bpe_train("\n".join(words), vocab_size, PATTERN, visualise=None)
     except ValueError:  # each word of several letters gives at least one merge
@@ -54,7 +54,7 @@ def encode(tokenizer: tiktoken.Encoding, prompt: str, response: str) -> tuple[li
     """Two texts -> the example (ids, mask).
 
     They are tokenised apart, so that no token straddles the border, and nothing is put between
-    them: a response brings the space that it starts with.
+    them: a response must itself begin with a space, if one is wanted there.
     """
     prompt_ids = tokenizer.encode_ordinary(prompt)
     response_ids = [*tokenizer.encode_ordinary(response), tokenizer.eot_token]
@@ -80,7 +80,7 @@ def collate(examples: list[tuple[list, list]], device="cpu") -> tuple[torch.Tens
 
 
 def batches(count: int, batch_size: int, steps: int, seed: int) -> Iterator[list[int]]:
-    """Yield for each step batch_size indices below count, or all of them where they are fewer.
+    """For each step, which of `count` examples it sees: batch_size, or all where there are fewer.
 
     Every epoch has a new order. A batch may hold the end of one epoch and the start of the next.
     """
@@ -93,13 +93,15 @@ def batches(count: int, batch_size: int, steps: int, seed: int) -> Iterator[list
 def learning_rates(peak: float, steps: int) -> list[float]:
     """The rate of each step: it rises for a twentieth of them, then falls to zero as a cosine."""
     warmup = steps // 20
-    up = [peak * ((step + 1) / (warmup + 1)) for step in range(warmup)]
-    down = [math.pi * step / (steps - warmup) for step in range(steps - warmup)]
-    return up + [peak * (0.5 + 0.5 * math.cos(angle)) for angle in down]
+    up = [(step + 1) / (warmup + 1) for step in range(warmup)]
+    angles = [math.pi * step / (steps - warmup) for step in range(steps - warmup)]
+    down = [0.5 + 0.5 * math.cos(angle) for angle in angles]
+    return [peak * share for share in up + down]
 
 
 def paint(tokenizer: tiktoken.Encoding, ids: list[int], mask: list[bool]) -> str:
     """The tokens with those that the loss scores in green, or in [brackets] without a terminal."""
     before, after = ("\033[32m", "\033[0m") if sys.stdout.isatty() else ("[", "]")
     words = [tokenizer.decode([i]) for i in ids]
+    words = ["".join(c if c.isprintable() else "�" for c in word) for word in words]
     return "|".join(before + w + after if scored else w for w, scored in zip(words, mask))

@@ -62,7 +62,7 @@ class Block(nn.Module):
 
 
 class GPT(nn.Module):
-    bfloat16 = False  # True autocasts forward(); the weights stay as they are
+    autocast_bfloat16 = False  # True: forward() multiplies in bfloat16; weights stay as they are
 
     def __init__(self, config):
         super().__init__()
@@ -97,7 +97,7 @@ class GPT(nn.Module):
 
     def forward(self, ids, first=0):
         """ids (B, T) -> logits (B, T - first, V): [:, t] predicts token first + t + 1."""
-        with torch.autocast(ids.device.type, torch.bfloat16, enabled=self.bfloat16):
+        with torch.autocast(ids.device.type, torch.bfloat16, enabled=self.autocast_bfloat16):
             return self.lm_head(self.hidden(ids)[:, first:])
 
     @torch.no_grad()

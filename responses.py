@@ -11,18 +11,19 @@ import dpo
 def response_logps(model, examples) -> Tensor:
     """log π(y|x) of N examples (ids, mask) -> (N,), with a gradient, on the model's device."""
     device, vocab_size = model.wte.weight.device, model.config.vocab_size
-    # Examples of like length go through the model together, because padding costs time too. A few
-    # at a time are fastest on a CPU, whose cache they fit; and 2^26 logits take 256 MB.
+    # Examples of like length go through the model together, because padding costs time too.
     order = sorted(range(len(examples)), key=lambda i: len(examples[i][0]))
     longest = len(examples[order[-1]][0])
-    count = max(1, min(32 if device.type == "cpu" else 512, 2**26 // (longest * vocab_size)))
+    # A CPU is fastest with few at a time. The logits of a chunk, 2^26 numbers at most, are freed
+    # before the next one's if no gradient is asked for; if one is, --grad-accum saves memory.
+    chunk = max(1, min(32 if device.type == "cpu" else 512, 2**26 // (longest * vocab_size)))
     logps = []
-    for start in range(0, len(order), count):
-        ids, mask = data.collate([examples[i] for i in order[start : start + count]], device)
+    for start in range(0, len(order), chunk):
+        ids, mask = data.collate([examples[i] for i in order[start : start + chunk]], device)
         # No logits are needed before those that predict the first scored token.
         first = max(0, mask.int().argmax(dim=1).min().item() - 1)
-        logits = model(ids, first)  # (count, T - first, V)
-        logps.append(dpo.sequence_logps(logits, ids[:, first:], mask[:, first:]))  # (count,)
+        logits = model(ids, first)  # (chunk, T - first, V)
+        logps.append(dpo.sequence_logps(logits, ids[:, first:], mask[:, first:]))  # (chunk,)
     return torch.cat(logps)[torch.tensor(order, device=device).argsort()]  # (N,), as they came
 
 
@@ -39,8 +40,7 @@ def response_logps_no_grad(model, examples, label="log-probabilities") -> Tensor
 def sample_responses(model, tokenizer, prompts, config, label, generator=None):
     """One response a prompt -> N examples (ids, mask), and N texts, None for a response cut off.
 
-    config: max_new_tokens, and the seed from which a generator starts where none is given, so that
-    two policies meet the same chances.
+    config: max_new_tokens, and seed, from which a random generator starts if none is given.
     """
     end, limit, examples, texts = tokenizer.eot_token, config.max_new_tokens, [], []
     if generator is None:

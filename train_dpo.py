@@ -7,8 +7,8 @@ Eq. 7 of the paper, the loss of one pair:
     python train_dpo.py --pairs my.jsonl    your own {"prompt", "chosen", "rejected"} lines
     python train_dpo.py --resume            go on where a run was interrupted
 
-Writes out/pairs.jsonl; out/dpo.pt, the trained policy; out/dpo.jsonl, the metrics of each step;
-out/dpo.json, the report. While it runs, out/dpo.part.pt has what --resume needs.
+Writes out/dpo.pt, the trained policy; out/dpo.jsonl, the metrics of each step; out/dpo.json, the
+report; out/pairs.jsonl, the village's pairs. While it runs, out/dpo.part.pt is for --resume.
 """
 
 import copy
@@ -28,13 +28,13 @@ from responses import response_logps, response_logps_no_grad
 
 @dataclass
 class Config(evaluate.Config):
-    """The settings of DPO. Inherited are seed, out, device, dtype, init and how to measure."""
+    """The settings of DPO. Inherited: seed, out, device, dtype, init, max_new_tokens, eval_*."""
 
     beta: float = flag(0.5, "β of Eq. 7, and of Eq. 3, by which the report judges the policy")
     lr: float = flag(6e-3, "highest learning rate; the README compares it with lower and higher")
-    optimizer: str = flag("sgd", "the README says why not adamw here", ("sgd", "adamw"))
+    optimizer: str = flag("sgd", "adamw needs a far lower --lr", ("sgd", "adamw"))
     momentum: float = flag(0.9, "momentum of sgd", zero=True, below=1)
-    epochs: int = flag(1, "passes over the pairs; more of them learn noisy labels by heart")
+    epochs: int = flag(1, "passes over the pairs; more than one overfits noisy labels")
     batch_size: int = flag(64, "pairs in each step")
     grad_accum: int = flag(1, "parts of a batch, each with its backward pass: takes less memory")
     num_pairs: int = flag(24_000, "pairs to sample in the village; with fewer, facts stay unlearnt")
@@ -45,7 +45,7 @@ class Config(evaluate.Config):
 
 @dataclass
 class Pairs:
-    """N preference pairs with the reference's log-probabilities. A batch is a smaller one."""
+    """N preference pairs with the reference's log-probabilities. A batch is one of fewer pairs."""
 
     chosen: list  # N examples (ids, mask): a prompt and its preferred response
     rejected: list  # N examples: the same prompts, the other responses
@@ -63,10 +63,8 @@ class Pairs:
 
 
 def add_reference_logps(reference, tokenizer, texts):
-    """(prompt, chosen, rejected) texts -> Pairs.
-
-    The reference never changes, so it reads each response once, here, and not at every step.
-    """
+    """(prompt, chosen, rejected) texts -> Pairs. The reference never changes, so it reads each
+    response once, here, and not at every step."""
     chosen = [data.encode(tokenizer, prompt, response) for prompt, response, _ in texts]
     rejected = [data.encode(tokenizer, prompt, response) for prompt, _, response in texts]
     ref_chosen_logps = response_logps_no_grad(reference, chosen)
@@ -75,7 +73,8 @@ def add_reference_logps(reference, tokenizer, texts):
 
 
 def pair_losses(policy_chosen_logps, policy_rejected_logps, batch, config):
-    """Eq. 7 for each pair of a batch -> (B,). For another loss, hand train() another function."""
+    """Eq. 7 for each pair of a batch -> (B,). For another loss, give another such function to
+    train, check_start and held_out_metrics."""
     losses, _, _ = dpo_loss(
         policy_chosen_logps,
         policy_rejected_logps,
@@ -107,7 +106,8 @@ def pair_metrics(policy_chosen_logps, policy_rejected_logps, batch, config):
 
 
 def train(policy, optimizer, pairs, config, loss_fn=pair_losses, start=0):
-    """Take every step but the first `start`, and yield its metrics, as they were before it."""
+    """Skip `start` steps, which were done before --resume; take the rest. Yields the metrics of
+    each step, computed before its update."""
     steps = count_steps(config, len(pairs))
     rates = data.learning_rates(config.lr, steps)
     batches = data.batches(len(pairs), config.batch_size, steps, config.seed)
@@ -120,8 +120,8 @@ def train(policy, optimizer, pairs, config, loss_fn=pair_losses, start=0):
             policy_chosen_logps, policy_rejected_logps = logps.chunk(2)  # (B,) each
             losses = loss_fn(policy_chosen_logps, policy_rejected_logps, batch, config)  # (B,)
             (losses.mean() / config.grad_accum).backward()
-            metrics = pair_metrics(policy_chosen_logps, policy_rejected_logps, batch, config)
-            parts.append({"loss": losses.detach().mean()} | metrics)
+            part = pair_metrics(policy_chosen_logps, policy_rejected_logps, batch, config)
+            parts.append({"loss": losses.detach().mean()} | part)
         metrics = {name: sum(part[name] for part in parts) / len(parts) for name in parts[0]}
         metrics["grad_norm"] = runs.finite_grad_norm(policy, metrics["loss"])
         optimizer.step()
@@ -134,18 +134,16 @@ def held_out_metrics(policy, pairs, config, loss_fn=pair_losses):
     if not pairs.chosen:
         return {}
     logps = [response_logps_no_grad(policy, side) for side in (pairs.chosen, pairs.rejected)]
-    return {
-        "held-out/loss": loss_fn(*logps, pairs, config).mean().item(),
-        "held-out/accuracy": pair_metrics(*logps, pairs, config)["rewards/accuracies"].item(),
-    }
+    loss = loss_fn(*logps, pairs, config).mean().item()
+    accuracy = pair_metrics(*logps, pairs, config)["rewards/accuracies"].item()
+    return {"held-out/loss": loss, "held-out/accuracy": accuracy}
 
 
 @torch.no_grad()
 def check_start(policy, pairs, config, loss_fn=pair_losses):
-    """Refuse a policy that is not yet the reference. Where it is, Eq. 7 is −log σ(0) = 0.6931.
+    """Check that the policy starts as the reference, where Eq. 7 is −log σ(0) = 0.6931 a pair.
 
-    Another loss has another value there: the one that it has for the reference's own
-    log-probabilities in place of the policy's.
+    Any loss must be what it is with the reference's log-probabilities in place of the policy's.
     """
     batch = pairs.take(range(min(config.batch_size, len(pairs))))
     logps = response_logps(policy, batch.chosen + batch.rejected).chunk(2)
@@ -161,10 +159,10 @@ def make_optimizer(policy, config):
 
 
 def count_steps(config, count):
-    """The number of steps in which a training sees `count` pairs config.epochs times."""
+    """How many steps there are in config.epochs passes over `count` pairs, rounded down."""
     batch_size = min(config.batch_size, count)
     if batch_size % config.grad_accum:
-        raise SystemExit(f"--grad-accum {config.grad_accum} does not divide a step's {batch_size}")
+        raise SystemExit(f"--grad-accum must divide the batch of {batch_size} pairs")
     return max(1, config.epochs * count // batch_size)
 
 
@@ -181,16 +179,15 @@ def main():
     print("the first response, scored tokens marked:", data.paint(tokenizer, *pairs.chosen[0]))
     check_start(policy, pairs, config)
     optimizer = make_optimizer(policy, config)
-    run.saves(policy, tokenizer, optimizer, data=texts, reference=runs.weight_sums(reference))
+    run.attach(policy, tokenizer, optimizer, data=texts, reference=runs.weight_sums(reference))
     runs.resume(run)
 
     def measure():
-        """What the loss does not show. It is asked for ten times in a run."""
         return held_out_metrics(policy, held_out, config) | source.probe()
 
     steps = count_steps(config, len(pairs))
     for metrics in run.track(train(policy, optimizer, pairs, config, start=run.step), steps):
-        run.log(metrics, measure)
+        run.log(metrics, measure)  # measures, and saves the policy, ten times in a run
     run.finish(held_out_metrics(policy, held_out, config) | source.report())
 
 

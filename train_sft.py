@@ -4,8 +4,8 @@
     python train_sft.py --corpus my.txt --sft my.jsonl   your text and {"prompt", "response"} lines
     python train_sft.py --resume                         go on where a run was interrupted
 
-Writes out/pretrained.pt and out/sft.pt, their metrics in .jsonl and what they came to in .json;
-while it runs, what --resume needs in out/*.part.pt.
+Writes out/pretrained.pt and out/sft.pt; beside each a .jsonl with the metrics of its steps and a
+.json with its loss on held-out text. While it runs, out/*.part.pt have what --resume needs.
 """
 
 import itertools
@@ -22,21 +22,21 @@ from responses import response_logps, response_logps_no_grad
 
 @dataclass
 class Config(flags.Config):
-    corpus: str = flag("", "own text to pretrain on; goes with --sft")
-    sft: str = flag("", 'own {"prompt", "response"} lines to fine-tune on')
-    skip_bad: bool = flag(False, "count the bad lines of that file, and go on")
-    resume: bool = flag(False, "from the last saved state of the same run")
-    vocab_size: int = flag(village.VOCAB_SIZE, "tokens; each word of the village is one")
-    block_size: int = flag(128, "longest sequence in tokens")
-    n_layer: int = flag(2, "layers: two know all facts of the village, and take a minute")
+    corpus: str = flag("", "your own text to pretrain on; goes with --sft")
+    sft: str = flag("", 'your own {"prompt", "response"} lines to fine-tune on')
+    skip_bad: bool = flag(False, "leave out bad lines of that file, and count them")
+    resume: bool = flag(False, "go on from the last saved state of the same run")
+    vocab_size: int = flag(village.VOCAB_SIZE, "tokens to learn; each village word is one")
+    block_size: int = flag(128, "tokens of the longest sequence")
+    n_layer: int = flag(2, "layers; two learn all facts of the village in a minute")
     n_head: int = flag(4, "attention heads")
     n_embd: int = flag(128, "width of the model")
-    pretrain_steps: int = flag(500, "each of half as many rows as --batch-size")
-    pretrain_lr: float = flag(5e-3, "the highest rate: a small model bears a large one")
-    context: int = flag(64, "tokens of a pretraining row, two or three stories")
-    steps: int = flag(800, "of fine-tuning: fewer leave more garbled answers, README")
-    lr: float = flag(3e-3, "the highest rate of fine-tuning")
-    batch_size: int = flag(64, "examples a step")
+    pretrain_steps: int = flag(500, "steps of pretraining, on half as many rows as --batch-size")
+    pretrain_lr: float = flag(5e-3, "highest learning rate of pretraining")
+    context: int = flag(64, "tokens of a pretraining row, about two stories")
+    steps: int = flag(800, "steps of fine-tuning; after fewer, more answers are garbled")
+    lr: float = flag(3e-3, "highest learning rate of fine-tuning")
+    batch_size: int = flag(64, "examples in each step of fine-tuning")
 
 
 def cross_entropy(logps, examples):
@@ -66,13 +66,15 @@ def make_optimizer(model, weight_decay):
 
 
 def cut_rows(tokenizer, texts, context):
-    """Texts, each closed by end-of-text, laid end to end and cut -> examples. All tokens are scored
-    but a row's first, which nothing comes before; it is the last of the row before."""
+    """Texts, each closed by end-of-text, laid end to end and cut -> examples.
+
+    All tokens of a row are scored but the first, which is the last of the row before.
+    """
     stream = [i for text in texts for i in [*tokenizer.encode_ordinary(text), tokenizer.eot_token]]
     if len(stream) <= context:
         raise SystemExit(
             f"the corpus, or the tenth of it that is held out, has only {len(stream)} tokens: "
-            f"give more text, or a --context below {context}"
+            f"give more text, or a --context below {len(stream)}"
         )
     rows = torch.tensor(stream).unfold(0, context + 1, context).tolist()
     return [(row, [False] + [True] * context) for row in rows]
@@ -106,14 +108,14 @@ def read_texts(config):
         corpus = files.own_corpus(config.corpus)
         files.own_demonstrations(config, None)  # bad lines first: a tokenizer takes a while
         print("learning the tokenizer")
-        (words,) = corpus[0]
+        (text,) = corpus[0]
     else:
         tokens = config.pretrain_steps * (config.batch_size // 2 or 1) * config.context
         count = config.steps * config.batch_size
         corpus, demos = village.training_texts(tokens, count, config.seed)
-        words = village.every_word()
+        text = village.every_word()
     try:
-        tokenizer = data.train_tokenizer(words, config.vocab_size)
+        tokenizer = data.train_tokenizer(text, config.vocab_size)
     except ValueError as error:
         raise SystemExit(f"--vocab-size {config.vocab_size}: {error}")
     return corpus, tokenizer, files.own_demonstrations(config, tokenizer) if config.sft else demos
@@ -130,27 +132,28 @@ def main():
         raise SystemExit(f"--block-size {config.block_size} is too small: {longest} are needed")
     shape = config.block_size, config.n_layer, config.n_head, config.n_embd
     model = gpt.GPT(gpt.GPTConfig(tokenizer.n_vocab, *shape)).to(device)
-    model.bfloat16 = config.dtype == "bfloat16"
+    model.autocast_bfloat16 = config.dtype == "bfloat16"
     size = sum(p.numel() for p in model.parameters())
     print(f"model: {size:,} parameters; tokenizer: {tokenizer.n_vocab} tokens")
     print("one example, scored tokens marked:", data.paint(tokenizer, *examples[0]))
 
     pretraining, fine_tuning = runs.Run("pretrained", config), runs.Run("sft", config)
-    pretraining.saves(model, tokenizer, make_optimizer(model, 0.1), data=(corpus, demos))
-    # No weight decay: it keeps what is certain a little uncertain, and nothing harms DPO as much as
-    # a reference that writes garbled answers (README, "What holds DPO back").
-    fine_tuning.saves(model, tokenizer, make_optimizer(model, 0), data=(corpus, demos))
-    if runs.resume(pretraining, fine_tuning) is pretraining:  # so it is without --resume
+    pretraining.attach(model, tokenizer, make_optimizer(model, 0.1), data=(corpus, demos))
+    # Weight decay would keep the model from being certain of anything, and it would write more
+    # garbled answers. Nothing harms DPO as much (README, "What holds DPO back").
+    fine_tuning.attach(model, tokenizer, make_optimizer(model, 0), data=(corpus, demos))
+    start_with = runs.resume(pretraining, fine_tuning)  # pretraining, if nothing is resumed
+    if start_with is pretraining:
         rows, held_rows = (cut_rows(tokenizer, texts, config.context) for texts in corpus)
         batch_size = config.batch_size // 2 or 1
         fit(pretraining, rows, held_rows, batch_size, config.pretrain_steps, config.pretrain_lr)
     fit(fine_tuning, examples, held_out, config.batch_size, config.steps, config.lr)
     if not config.sft:
-        _, asked, never = village.split_questions()
-        for name, part in (("held-out questions", asked), ("facts never asked", never)):
+        _, kept_back, never = village.split_questions()
+        for name, part in (("held-out questions", kept_back), ("facts never asked", never)):
             share = evaluate.share_true(model, tokenizer, part)
             print(f"{name}: the likeliest answer is true for {share:.0%}")
-    print("next: python train_dpo.py")
+    print(f"next: python train_dpo.py --out {config.out}" + " --pairs FILE" * bool(config.sft))
 
 
 if __name__ == "__main__":

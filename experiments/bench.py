@@ -5,17 +5,15 @@
     python experiments/bench.py --growth    with batch, length, width and number of pairs
     python experiments/bench.py --gpt2      the memory of GPT-2 124M at 512 tokens; needs 5 GB
 
-Each figure comes from a process of its own, so that its peak memory is its own too. Seconds hold
-all that DPO needs from texts to the trained policy: tokens, the reference's pass, the loop. A
-machine's speed drifts: ours and theirs run in turn, three times, medians are shown and the range of
-the ratios; of --growth the fastest of three, since what disturbs only slows.
+Each figure has a process, and so a peak memory, of its own. Seconds are those from texts to the
+trained policy: tokens, the reference's pass, the loop. Since a machine's speed drifts, ours and
+theirs run in turn, three times; shown are medians and the range of ratios, of --growth the fastest.
 
 Model FLOPs of a response of T tokens, S of them scored, in L layers of width C, vocabulary V:
     L (24 C² T + 2 C T²) + 2 C V S
-forward (products of matrices only; attention is causal, so half of T² counts), three times that
-with the backward pass. Padding is work too, but no use, so it does not count. The peak is what
-torch itself reaches on this machine, at products of two 1024 x 1024 matrices in float32. The model
-is random and ends no response before its 24th token.
+forward (matrix products only; attention is causal, so half of T² counts), three times that with
+the backward pass. Padding does not count. The peak is what torch reaches here at products of two
+1024 x 1024 matrices in float32. The model is random and ends no response before its 24th token.
 """
 
 import copy

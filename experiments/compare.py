@@ -6,9 +6,8 @@
     python experiments/compare.py --quick              toy sizes, to see that it runs
 
 Each run leaves OUT/SEED/METHOD.json and is not repeated while that file is there. The tables are
-Markdown, for the README. Seconds are those of training, with all that it needs beyond the SFT model
-(sampling, labels, the reference's pass, which every method on pairs is charged for), and of the
-seeds the fastest: what else a machine does only adds. --quick keeps to a folder of its own.
+Markdown, for the README. Seconds are those of the fastest seed, from the SFT model on: sampling,
+labels and the reference's pass, for each method on pairs, and training.
 """
 
 import copy

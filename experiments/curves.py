@@ -1,7 +1,6 @@
 """The README's picture and its tables, from what train_dpo.py wrote.
 
-python experiments/curves.py                   assets/curves.svg from out/, and its tables
-python experiments/curves.py out/0 out/1 ...   the picture of the first run, tables of them all
+python experiments/curves.py out/0 out/1 ...   the picture of the first run, tables of all
 """
 
 import json

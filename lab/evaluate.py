@@ -74,14 +74,9 @@ def measure(policy, reference, tokenizer, questions, exact, config):
 
     prompts = [question for question in questions for _ in range(config.eval_samples)]
     texts, log_ratios = fresh_samples(policy, reference, tokenizer, prompts, config)
-    scores, log_ratios, garbled = (
-        values.double().view(len(questions), config.eval_samples)
-        for values in (
-            true_rewards(prompts, texts),
-            log_ratios,
-            torch.tensor([text not in village.responses(p) for p, text in zip(prompts, texts)]),
-        )
-    )
+    garbled = torch.tensor([text not in village.responses(p) for p, text in zip(prompts, texts)])
+    found = true_rewards(prompts, texts), log_ratios, garbled  # (Q * S,) each
+    scores, log_ratios, garbled = (x.double().view(len(questions), -1) for x in found)  # (Q, S)
     rows = {
         "reference": sums(ref_logps),
         "policy": tuple(x.mean(dim=1) for x in (scores, log_ratios, p_win(scores), garbled)),

@@ -41,7 +41,7 @@ def read_config(cls, script, **defaults):
             text += f" (default: {default})" if default != "" else ""
             parser.add_argument(
                 names[f.name], dest=f.name, type=f.type, default=default, help=text,
-                metavar=f.type.__name__.upper(),
+                metavar="|".join(f.metadata["choices"]) or f.type.__name__.upper(),
             )  # fmt: skip
     config = cls(**vars(parser.parse_args()))
     for f in fields(cls):
@@ -65,4 +65,4 @@ def command(main, hint="the files already written are whole"):
     except OSError as error:
         raise SystemExit(f"{error}; {hint}")
     except FloatingPointError as error:
-        raise SystemExit(f"{error}: try a smaller --lr. What was saved before is kept")
+        raise SystemExit(f"{error}: try a lower learning rate. What was saved before is kept")

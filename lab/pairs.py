@@ -20,19 +20,22 @@ class Village:
 
     def __init__(self, policy, reference, tokenizer, config):
         check_village_fits(tokenizer, reference.config.block_size, config)
-        self.models, self.config, self.limits = (policy, reference, tokenizer), config, {}
-        parts = village.split_questions()
-        self.train = parts[0]
-        self.held_out, self.never = (part[: config.eval_questions] for part in parts[1:])
+        self.models = policy, reference, tokenizer
+        self.config, self.limits = config, {}
+        self.train, held_out, never = village.split_questions()
+        some = slice(config.eval_questions)
+        self.held_out, self.never = held_out[some], never[some]
 
     def pairs(self):
-        """-> ((prompt, chosen, rejected) texts, none held out: probe() asks held-out questions)."""
+        """-> (prompt, chosen, rejected) texts to train on, and [], since none is held out here:
+        what is held out are questions, which probe() and report() ask."""
         _, reference, tokenizer = self.models
         pairs = sample_pairs(reference, tokenizer, self.config, self.train)
-        write_pairs(f"{self.config.out}/pairs.jsonl", pairs)
-        self.limits = {"pairs": noise_limits(pairs)}
-        limits = self.limits["pairs"]
-        print("labels this noisy allow at best:", runs.average([limits], limits))
+        if not self.config.resume:  # else they are there already, or the run is another one
+            write_pairs(f"{self.config.out}/pairs.jsonl", pairs)
+        limits = noise_limits(pairs)
+        print("the true reward itself, on these noisy labels:", runs.average([limits], limits))
+        self.limits = {"pairs": limits}
         return pairs, []
 
     def probe(self):
@@ -78,8 +81,8 @@ class OwnData:
             f"{len(prompts)} prompts leave room for --max-new-tokens {config.max_new_tokens}"
         )
         if not short:
-            raise SystemExit("none does, so nothing can be sampled: lower --max-new-tokens")
-        self.prompts = short[:480]
+            raise SystemExit("no held-out prompt has room for a response: lower --max-new-tokens")
+        self.prompts = short[:480]  # as many samples as the village's probe() draws
 
     def pairs(self):
         """-> (rows to train on, rows held out), as files.own_preferences() has them."""
@@ -108,7 +111,8 @@ def sample_pairs(reference, tokenizer, config, questions):
     p_first = dpo.preference_probability(rewards[::2], rewards[1::2])
     pairs = []
     for prompt, first, second, p in zip(prompts[::2], texts[::2], texts[1::2], p_first.tolist()):
-        if first and second and first.strip() and second.strip() and first != second:
+        whole = all(text and text.strip() for text in (first, second))
+        if whole and first != second:
             first_wins = rng.random() < p
             pairs.append((prompt, first, second) if first_wins else (prompt, second, first))
     left_out = config.num_pairs - len(pairs)
@@ -140,7 +144,7 @@ def check_village_fits(tokenizer, block_size, config):
     """Refuse a model, somebody's own perhaps, that cannot take the village's texts."""
     prompt = max(len(tokenizer.encode_ordinary(q)) for q in village.QUESTIONS)
     answers = [answer for q in village.QUESTIONS for answer in village.answers(q)]
-    # Every part follows a space, where a token ends: the longest response has the longest parts.
+    # No token crosses the space before a part, so the longest response has the longest parts.
     response = 1 + sum(
         max(len(tokenizer.encode_ordinary(f" {text}")) for text in part)
         for part in (village.OPENINGS, answers, village.CLOSINGS)

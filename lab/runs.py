@@ -55,7 +55,7 @@ def load_checkpoint(path, device="cpu", dtype="float32"):
         raise SystemExit(f"cannot start from {error}")
     if "tokenizer" not in state:
         raise SystemExit(f"cannot start from {path}: it has no tokenizer")
-    model.bfloat16 = dtype == "bfloat16"
+    model.autocast_bfloat16 = dtype == "bfloat16"
     return model, data.build_tokenizer(**state["tokenizer"])
 
 
@@ -83,13 +83,13 @@ def average(recent, names):
     return "  ".join(f"{name} {mean:.3f}" for name, mean in zip(names, means))
 
 
-def finite_grad_norm(model, loss, flag="--lr"):
+def finite_grad_norm(model, loss):
     """The norm of the gradient, to log. Raises FloatingPointError where it or the loss is not
     finite, so that no such step is taken."""
     grad_norm = torch.nn.utils.get_total_norm([p.grad for p in model.parameters()])
     if not (loss + grad_norm).isfinite():
         found = f"loss {loss.item()}, norm of its gradient {grad_norm.item()}"
-        raise FloatingPointError(f"{found}: try a smaller {flag}")
+        raise FloatingPointError(f"{found}: try a lower learning rate")
     return grad_norm
 
 
@@ -135,14 +135,12 @@ class Run:
         now = time.perf_counter()
         self.seconds[stage], Run.last_lap = round(now - Run.last_lap, 1), now
 
-    def saves(self, model, tokenizer, optimizer=None, **parts):
-        """Say what is to be saved, and what tells this run from others besides its settings.
-
-        parts: the data that it learns from, for one. They are not saved, only a digest of each.
-        """
+    def attach(self, model, tokenizer, optimizer=None, **parts):
+        """Say what to save. parts: what besides the settings tells this run from others, such as
+        its data; of them only digests are saved."""
         self.model, self.optimizer = model, optimizer
         run = identity(self.config, **parts)
-        self.always = {"tokenizer": data.tokenizer_state(tokenizer), "run": run}
+        self.kept = {"tokenizer": data.tokenizer_state(tokenizer), "run": run}
 
     def track(self, training, steps):
         """Yield what `training` yields, the metrics of each of its `steps` steps but the first
@@ -176,7 +174,7 @@ class Run:
         if is_tenth:
             now = "; now: " + average([measured], measured) if measured else ""
             count = len(self.recent)
-            self.bar.write(f"step {self.step}/{self.steps}, mean of {count}: {means}{now}")
+            self.bar.write(f"step {self.step}/{self.steps}, mean of last {count}: {means}{now}")
             self.save(f"{self.path}.part.pt", step=self.step)
 
     def cut_log(self):
@@ -191,7 +189,7 @@ class Run:
     def save(self, path, **state):
         if state and self.optimizer:
             state["optimizer"] = self.optimizer.state_dict()
-        gpt.save(path, self.model, **self.always, **state)
+        gpt.save(path, self.model, **self.kept, **state)
 
     def finish(self, report):
         """Write the report, and remove what only an interrupted run needs."""
@@ -199,7 +197,7 @@ class Run:
         end = {"seconds": self.seconds, "config": vars(self.config), "seed": self.config.seed}
         write_json(f"{self.path}.json", report | end)
         os.remove(f"{self.path}.part.pt")
-        print(f"wrote {self.name}.pt, .jsonl and .json to {self.config.out}/: {self.seconds}")
+        print(f"wrote {self.name}.pt, .jsonl, .json to {self.config.out}/; seconds: {self.seconds}")
 
 
 def find_state(paths, run, device):
@@ -227,7 +225,7 @@ def resume(*trainings):
     latest = trainings[::-1]
     found = {f"{run.path}{end}": run for end in (".part.pt", ".pt") for run in latest}
     device = latest[0].model.wte.weight.device
-    path, state = find_state(found, latest[0].always["run"], device)
+    path, state = find_state(found, latest[0].kept["run"], device)
     if path == f"{latest[0].path}.pt":
         raise SystemExit(f"--resume: {path} is of this very run, and finished")
     run = found[path]

@@ -87,6 +87,10 @@ def test_a_killed_dpo_run_resumes_to_the_same_bits(whole, tmp_path, monkeypatch,
     assert not (tmp_path / "dpo.pt").exists()
     message = refusal(run_main, monkeypatch, train_dpo, *flags, "--resume", "--beta=0.4")
     assert "dpo.part.pt is of another run: beta was 0.5, is 0.4" in message
+    pairs = (tmp_path / "pairs.jsonl").read_bytes()
+    message = refusal(run_main, monkeypatch, train_dpo, *flags, "--resume", "--num-pairs=20")
+    assert "another run: data was" in message
+    assert (tmp_path / "pairs.jsonl").read_bytes() == pairs
     run_main(monkeypatch, train_dpo, *flags, "--resume")
     assert (tmp_path / "dpo.jsonl").read_bytes() == (whole / "dpo.jsonl").read_bytes()
     assert same_weights(tmp_path / "dpo.pt", whole / "dpo.pt")

@@ -208,7 +208,7 @@ def test_accumulated_gradients_are_the_whole_batchs(setup):
         one, other = whole.pop("rewards/accuracies"), parts.pop("rewards/accuracies")
         assert parts == pytest.approx(whole, rel=1e-4, abs=1e-5)
     assert one == pytest.approx(other, abs=1 / config.batch_size)
-    with pytest.raises(SystemExit, match="--grad-accum 3 does not divide a step's 8"):
+    with pytest.raises(SystemExit, match="--grad-accum must divide the batch of 8 pairs"):
         train_dpo.count_steps(dataclasses.replace(config, grad_accum=3), 20)
     assert train_dpo.count_steps(dataclasses.replace(config, epochs=3), 20) == 7  # of 8 pairs
 
@@ -431,7 +431,7 @@ def test_a_loss_that_is_not_finite_stops_and_keeps_the_last_good_weights(finishe
     (tmp_path / "dpo.pt").write_bytes(good)
     flags = ["--init", str(finished[0] / "sft.pt"), "--out", str(tmp_path), "--lr=1e30", *TOY_DPO]
     run = command("train_dpo.py", *flags, check=False)
-    assert run.returncode == 1 and "not finite: try a smaller --lr" in run.stderr
+    assert run.returncode == 1 and "not finite: try a lower learning rate" in run.stderr
     assert run.stderr.count("\n") == 1
     assert (tmp_path / "dpo.pt").read_bytes() == good
 

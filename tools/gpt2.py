@@ -5,11 +5,9 @@
     python tools/gpt2.py export out/dpo.pt FOLDER    -> the same and tokenizer.json, which also has
                                                      the pattern: for transformers and TRL
 
-Nothing is downloaded. Both ways, weights keep every bit of their float32 and texts their token ids,
-but for one thing: where a text spells out <|endoftext|>, Hugging Face's tokenizers see the end of
-the text, and ours words. What transformers has trained comes back too: lay the vocab.json and
-merges.txt of the export beside it, for it saves tokenizer.json only. Needs the safetensors package
-(requirements-peers.txt).
+Nothing is downloaded. Both ways, weights keep every bit and texts their token ids, but where a text
+spells out <|endoftext|>, in which ours sees words. What transformers has trained comes back too, if
+the export's vocab.json and merges.txt lie beside it. Needs safetensors (requirements-peers.txt).
 """
 
 import itertools

@@ -65,8 +65,7 @@ def add_reference_logps(reference, tokenizer, rows):
 
 
 def losses_and_metrics(policy_logps, policy_mismatched_logps, batch, config):
-    """The batch's losses (B,), and what is logged. config.beta scales the logged rewards, as
-    everywhere, and config.loss_beta is KTO's own."""
+    """Losses (B,) and what is logged: rewards by config.beta, as everywhere, not by loss_beta."""
     z_ref = kto_reference_point(policy_mismatched_logps, batch.ref_mismatched_logps)
     losses = kto_loss(policy_logps, batch.ref_logps, batch.liked, z_ref, config.loss_beta)
     rewards = config.beta * (policy_logps - batch.ref_logps - z_ref).detach()

@@ -59,7 +59,7 @@ def train_reward_model(reference, tokenizer, pairs, config):
         ids, mask = data.collate(examples, device)
         loss = reward_model_loss(*model(ids, mask).chunk(2)).mean()
         loss.backward()
-        runs.finite_grad_norm(model, loss, "--reward-lr")
+        runs.finite_grad_norm(model, loss)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
     return model.requires_grad_(False)

@@ -134,7 +134,7 @@ def main():
     policy, tokenizer = runs.load_policy(config)
     reference = copy.deepcopy(policy).requires_grad_(False)
     source = Village(policy, reference, tokenizer, config)
-    run.saves(policy, tokenizer)
+    run.attach(policy, tokenizer)
     labels = config.steps * config.questions * config.group
     print(f"{labels} true rewards will be asked for")
     models = policy, reference, tokenizer

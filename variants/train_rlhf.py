@@ -157,7 +157,7 @@ def main():
         reward, extra = evaluate.true_rewards, {"labels": config.steps * config.samples}
     else:
         reward, extra = fit_reward_model(reference, tokenizer, config, run)
-    run.saves(policy, tokenizer)
+    run.attach(policy, tokenizer)
     models = policy, reference, tokenizer
     training = train(models, config, source.train, reward)
     for metrics in run.track(training, config.steps):

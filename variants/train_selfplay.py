@@ -178,7 +178,7 @@ def main():
     policy, tokenizer = runs.load_policy(config)
     reference = copy.deepcopy(policy).requires_grad_(False)
     source = Village(policy, reference, tokenizer, config)
-    run.saves(policy, tokenizer)
+    run.attach(policy, tokenizer)
     responses = config.questions * (1 if config.spin else config.group)
     steps = config.rounds * max(1, responses // config.batch_size)
     labels = count_labels(config)

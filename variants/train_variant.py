@@ -114,7 +114,7 @@ def main():
     if config.loss != "orpo":
         check_start(policy, dataset, config)
     optimizer = train_dpo.make_optimizer(policy, config)
-    run.saves(policy, tokenizer, optimizer, data=texts, reference=runs.weight_sums(reference))
+    run.attach(policy, tokenizer, optimizer, data=texts, reference=runs.weight_sums(reference))
     runs.resume(run)
 
     def measure():
