@@ -46,7 +46,6 @@ class Config:
     growth: bool = flag(False, "instead batch, length, width, number of pairs over a range")
     gpt2: bool = flag(False, "instead GPT-2 124M at 512 tokens, with --grad-accum too")
     rounds: int = flag(3, "measurements of each figure")
-    quick: bool = flag(False, "toy sizes, to see that it runs")
 
 
 @dataclass
@@ -251,7 +250,7 @@ def compare(setting, config):
 
 def grow(config):
     """Training over a range of each size, one at a time."""
-    small = Setting(pairs=64 if config.quick else 1024)
+    small = Setting(pairs=1024)
     tiny = replace(small, n_layer=1, n_embd=32)
     ranges = {
         "batch_size": [replace(small, batch_size=b) for b in (16, 64, 256)],
@@ -263,7 +262,7 @@ def grow(config):
         "pairs": [replace(tiny, pairs=n) for n in (4000, 20_000, 100_000)],
     }
     for name, settings in ranges.items():
-        for setting in settings[: 1 if config.quick else None]:
+        for setting in settings:
             rounds = [measure((time_dpo,), setting) for _ in range(config.rounds)]
             fastest = max(rounds, key=lambda figures: figures["pairs/s"])
             show(f"{name} {getattr(setting, name):,}", fastest.items())
@@ -285,8 +284,8 @@ def main():
         return grow(config)
     if config.gpt2:
         return hold_gpt2()
-    for n_layer in (2, 4)[: 1 if config.quick else None]:
-        compare(Setting(n_layer, pairs=64 if config.quick else 2048), config)
+    for n_layer in (2, 4):
+        compare(Setting(n_layer), config)
 
 
 if __name__ == "__main__":

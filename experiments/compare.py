@@ -3,7 +3,6 @@
     python experiments/compare.py                      all that is missing, then the tables
     python experiments/compare.py --seeds 1            one seed (two at a time use two cores well)
     python experiments/compare.py --only dpo,ipo       some methods
-    python experiments/compare.py --quick              toy sizes, to see that it runs
 
 Each run leaves OUT/SEED/METHOD.json and is not repeated while that file is there. The tables are
 Markdown, for the README. Seconds are those of the fastest seed, from the SFT model on: sampling,
@@ -11,7 +10,6 @@ labels and the reference's pass, for each method on pairs, and training.
 """
 
 import copy
-import dataclasses
 import json
 import random
 import re
@@ -37,20 +35,15 @@ from lab.pairs import sample_pairs
 from variants import reward_model, train_grpo, train_rlhf, train_selfplay, train_variant
 
 ROOT = Path(__file__).parent.parent
-TOY_SFT = "--n-embd=16 --n-layer=1 --n-head=2 --steps=20 --pretrain-steps=3 --lr=0.02".split()
-TOY = "num_pairs=48 batch_size=8 steps=2 questions=8 group=4 samples=16 rounds=2".split()
 NOISE = 0.1, 0.2, 0.3
 BEST_OF = 16
 
 # name: (what the table calls it, stages after pretraining, models held in training)
-METHODS = {
-    "dpo": ("DPO", 2, 2),
+METHODS = {"dpo": ("DPO", 2, 2)} | {name: (name.upper(), 2, 2) for name in train_variant.LOSSES}
+METHODS |= {
     "cdpo": ("cDPO", 2, 2),
-    "rpo": ("RPO", 2, 2),
-    "ipo": ("IPO", 2, 2),
     "robust": ("robust DPO", 2, 2),
     "hinge": ("hinge", 2, 2),
-    "kto": ("KTO", 2, 2),
     "kto_half": ("KTO, half the pairs", 2, 2),
     "sppo": ("SPPO's loss on the pairs", 2, 2),
     "simpo": ("SimPO", 2, 1),
@@ -66,7 +59,7 @@ METHODS = {
     "grpo_no_std": ("GRPO --no-std on the true reward", 2, 2),
     "best_of_n": (f"best of {BEST_OF}, by the true reward", 1, 1),
 }
-USE_PAIRS = "dpo cdpo rpo ipo robust hinge kto kto_half sppo simpo orpo sft_chosen rlhf".split()
+USE_PAIRS = ["dpo", *train_variant.LOSSES, "kto_half", "sft_chosen", "rlhf"]
 
 
 @dataclass
@@ -74,35 +67,24 @@ class Config:
     seeds: str = flag("0,1,2", "with commas between them")
     only: str = flag("", "names of methods, with commas between them; else all")
     noise: bool = flag(False, "also the sweep of flipped labels")
-    quick: bool = flag(False, "toy sizes, to see that it runs")
     out: str = flag("out/compare", "folder for models and results")
-
-
-def place(folder, quick):
-    """Where runs are kept: toy runs apart, so that nobody takes them for real ones."""
-    return Path(folder) / "quick" if quick else Path(folder)
 
 
 class Ground:
     """What all methods of one seed share; everything is made when it is first asked for."""
 
-    def __init__(self, seed, folder, quick):
-        self.seed, self.folder, self.quick = seed, place(folder, quick) / str(seed), quick
+    def __init__(self, seed, folder):
+        self.seed, self.folder = seed, Path(folder) / str(seed)
         if not (self.folder / "sft.pt").exists():
             command = ["train_sft.py", f"--seed={seed}", f"--out={self.folder.absolute()}"]
-            command += TOY_SFT if quick else []
             subprocess.run([sys.executable, *command], cwd=ROOT, check=True)
         self.reference, self.tokenizer = runs.load_checkpoint(self.folder / "sft.pt")
         self.reference.requires_grad_(False)
         self.questions, self.held_out, _ = village.split_questions()
-        self.held_out = self.held_out[: 12 if quick else None]
         self.exact = evaluate.exact_distribution(self.reference, self.tokenizer, self.held_out)
 
     def config(self, cls, **settings):
-        """A trainer's defaults at this seed; toy sizes where they are asked for."""
-        toy = dict(item.split("=") for item in TOY if self.quick)
-        names = {field.name for field in dataclasses.fields(cls)}
-        settings |= {name: int(value) for name, value in toy.items() if name in names}
+        """A trainer's defaults at this seed."""
         return cls(seed=self.seed, out=str(self.folder), **settings)
 
     @cached_property
@@ -135,8 +117,7 @@ def run_pairs(ground, name, flips=0.0, **settings):
         config = ground.config(train_dpo.Config)
         add_reference_logps, train = train_dpo.add_reference_logps, train_dpo.train
     else:
-        settings = train_variant.DEFAULTS[name] | settings | {"loss": name}
-        config = ground.config(train_variant.Config, **settings)
+        config = ground.config(train_variant.config_of(name), **settings)
         add_reference_logps, train, *_ = train_variant.steps_of(config)
     if flips or name == "kto":
         texts = flip(texts, flips, ground.seed)
@@ -290,18 +271,17 @@ def main():
                 smooth = {"label_smoothing": share}
                 for name, own in (("dpo", {}), ("ipo", {}), ("cdpo", smooth), ("robust", smooth)):
                     jobs[f"{name}_flip_{share}"] = name, {"flips": share, **own}
-        folder = place(config.out, config.quick) / str(seed)
+        folder = Path(config.out) / str(seed)
         missing = [job for job in jobs if not (folder / f"{job}.json").exists()]
-        ground = Ground(seed, config.out, config.quick) if missing else None
+        ground = Ground(seed, config.out) if missing else None
         for job in tqdm(missing, f"seed {seed}", leave=False, disable=None):
             name, settings = jobs[job]
             result = run(ground, name, **settings)
             runs.write_json(folder / f"{job}.json", result)
             print(f"{job}: optimality {result['optimality']:.1%} ± {result['optimality_se']:.1%}")
-    folder = place(config.out, config.quick)
-    print_table(folder, seeds, names)
+    print_table(config.out, seeds, names)
     if config.noise:
-        print_noise(folder, seeds)
+        print_noise(config.out, seeds)
 
 
 if __name__ == "__main__":

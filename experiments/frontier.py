@@ -1,7 +1,6 @@
 """The paper's Figure 2 (left) in the village: reward against KL, and the frontier that is exact.
 
     python experiments/frontier.py             sweeps of β at seed 0, then assets/frontier.svg
-    python experiments/frontier.py --quick     toy sizes, to see that it runs
 
 Every point is a policy, measured on fresh samples of the held-out questions, a few times in a run.
 The line is Eq. 4 for every β, by sums over all responses: for any policy and any β, Eq. 3's
@@ -47,7 +46,6 @@ BETAS = {  # each method's own coefficient
 @dataclass
 class Config:
     seed: int = flag(0, "of SFT model, pairs and trainings", zero=True)
-    quick: bool = flag(False, "toy sizes, to see that it runs")
     probes: int = flag(4, "measurements along a training")
     samples: int = flag(4, "for each held-out question in a measurement")
     out: str = flag("out/compare", "where compare.py keeps its SFT models")
@@ -65,8 +63,7 @@ def training_of(ground, method, beta, policy):
             config = ground.config(train_dpo.Config, beta=beta, lr=lr)
             loss_fn = train_dpo.pair_losses
         else:
-            own = train_variant.DEFAULTS["ipo"] | {"loss_beta": beta, "loss": "ipo"}
-            config = ground.config(train_variant.Config, **own)
+            config = ground.config(train_variant.config_of("ipo"), loss_beta=beta)
             loss_fn = train_variant.variant_losses
         optimizer = train_dpo.make_optimizer(policy, config)
         steps = train_dpo.count_steps(config, len(pairs))
@@ -152,12 +149,12 @@ def draw(sweeps, line, path):
 
 def main():
     config = flags.read_config(Config, "frontier.py")
-    ground = Ground(config.seed, config.out, config.quick)
+    ground = Ground(config.seed, config.out)
     folder = ground.folder / "frontier"
     os.makedirs(folder, exist_ok=True)
     sweeps = {method: {} for method in BETAS}
     for method, betas in BETAS.items():
-        for beta in betas[:1] if config.quick else betas:
+        for beta in betas:
             path = folder / f"{method}_{beta}.json"
             if not path.exists():
                 points = trace(ground, method, beta, config)
@@ -176,8 +173,7 @@ def main():
                 above.append(f"{method} at {beta}: {max(over):.1f}")
             kl, reward = (sum(points[-1][k]) / len(points[-1][k]) for k in ("kl", "reward"))
             print(f"| {method} | {beta} | {kl:.2f} | {reward:.2f} | {max(over):+.1f} |")
-    picture = folder / "frontier.svg" if config.quick else ROOT / config.picture
-    draw(sweeps, line, picture)
+    draw(sweeps, line, ROOT / config.picture)
     if above:
         raise SystemExit("above the frontier by more than 4 standard errors: " + "; ".join(above))
 

@@ -20,7 +20,7 @@ class Config(flags.Config):
     """What every training has that starts from the fine-tuned model, and is measured against it."""
 
     init: str = flag("", "checkpoint to start from, and to stay close to: OUT/sft.pt")
-    beta: float = flag(0.5, "β of Eq. 3's objective, by which the result is judged")
+    beta: float = flag(0.5, "β of Eq. 3, by which all methods are judged", name="--eval-beta")
     max_new_tokens: int = flag(24, "of a sample; the village's longest response has 15")
     eval_questions: int = flag(120, "at most, of each held-out set: there are no more")
     eval_samples: int = flag(20, "for each of these questions, in the report")

@@ -5,10 +5,13 @@ import math
 from dataclasses import dataclass, field, fields
 
 
-def flag(default, help, choices=(), zero=False, below=math.inf):
-    """A field of a Config that is a flag of the command line. Numbers must be positive, or zero."""
-    return field(default=default, metadata={"help": help, "choices": choices, "zero": zero,
-                                            "below": below})  # fmt: skip
+def flag(default, help, choices=(), zero=False, below=math.inf, name=""):
+    """A field of a Config that is a flag of the command line, --its-name if none other is given.
+
+    choices: all that may be said. Numbers must be positive, or with zero=True not negative.
+    """
+    limits = {"help": help, "choices": choices, "zero": zero, "below": below, "name": name}
+    return field(default=default, metadata=limits)
 
 
 @dataclass
@@ -21,20 +24,23 @@ class Config:
     dtype: str = flag("float32", "bfloat16 autocasts the forward pass", ("float32", "bfloat16"))
 
 
-def read_config(cls, script, **defaults):
-    """The dataclass's fields as flags of the same names; a mistake ends the run in one line.
+def read_config(cls, script):
+    """The dataclass's fields as flags of the same names; a mistake ends the run in one line."""
 
-    defaults: in place of the dataclass's own.
-    """
+    names = {f.name: "--" + f.name.strip("_").replace("_", "-") for f in fields(cls)}
+    names |= {f.name: f.metadata["name"] for f in fields(cls) if f.metadata["name"]}
 
     def refuse(message):
+        if message.startswith("unrecognized arguments: --beta"):
+            close = [f"{names[f.name]} ({f.metadata['help']})" for f in fields(cls)
+                     if names[f.name].endswith("-beta")]  # fmt: skip
+            message += "; there are " + " and ".join(close)
         raise SystemExit(f"{script}: {message}")
 
     parser = argparse.ArgumentParser(prog=script, allow_abbrev=False)
     parser.error = refuse
-    names = {f.name: "--" + f.name.strip("_").replace("_", "-") for f in fields(cls)}
     for f in fields(cls):
-        default, text = defaults.get(f.name, f.default), f.metadata["help"].replace("%", "%%")
+        default, text = f.default, f.metadata["help"].replace("%", "%%")
         if f.type is bool:
             parser.add_argument(names[f.name], dest=f.name, action="store_true", help=text)
         else:

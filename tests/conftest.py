@@ -9,7 +9,9 @@ import pytest
 import torch
 
 import data
+import train_sft
 from lab import village
+from lab.flags import command
 
 ROOT = Path(__file__).parent.parent
 TOY_SFT = "--pretrain-steps=3 --steps=30 --lr=0.02 --n-embd=16 --n-layer=1 --n-head=2".split()
@@ -30,18 +32,27 @@ def threads():
     torch.set_num_threads(int(count))
 
 
-def command(script, *flags, check=True):
-    """Run a script, every warning an error -> the finished process."""
+@pytest.fixture(scope="session")
+def toy_sft(tmp_path_factory, threads):
+    """-> a folder with sft.pt and pretrained.pt of a toy model. Nobody else writes there."""
+    out = tmp_path_factory.mktemp("toy_sft")
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        run_main(monkeypatch, train_sft, f"--out={out}", *TOY_SFT)
+    return out
+
+
+def process(script, *flags):
+    """Run a script in a process of its own, every warning an error -> the finished process."""
     line = [sys.executable, "-W", "error", script, *flags]
     run = subprocess.run(line, cwd=ROOT, capture_output=True, text=True)
-    assert not check or run.returncode == 0, run.stderr
+    assert run.returncode == 0, run.stderr
     return run
 
 
 def run_main(monkeypatch, module, *flags):
-    """Run a script in this process."""
-    monkeypatch.setattr(sys, "argv", [module.__name__ + ".py", *flags])
-    module.main()
+    """Run a script in this process, which saves the seconds that torch takes to load."""
+    monkeypatch.setattr(sys, "argv", [module.__name__ + ".py", *map(str, flags)])
+    command(module.main)
 
 
 def refusal(function, *arguments):

@@ -14,7 +14,6 @@ from conftest import ROOT, needs_unix, refusal, run_main
 import model as gpt
 import train_dpo
 import train_sft
-from lab.flags import command
 
 SFT = "--pretrain-steps=12 --steps=14 --lr=0.02 --n-embd=16 --n-layer=1 --n-head=2".split()
 DPO = "--num-pairs=48 --batch-size=8 --epochs=4 --eval-questions=2 --eval-samples=3".split()
@@ -167,22 +166,18 @@ def test_a_last_step_that_blows_up_is_one_line_and_writes_no_checkpoint(tmp_path
             self.param_groups[0]["params"][0].data.fill_(torch.nan)
 
     monkeypatch.setattr(torch.optim.AdamW, "step", blow_up)
-    monkeypatch.setattr(sys, "argv", ["train_sft.py", f"--out={tmp_path}", *SFT])
-    message = refusal(command, train_sft.main)
+    message = refusal(run_main, monkeypatch, train_sft, f"--out={tmp_path}", *SFT)
     assert message.startswith("the weights for ") and "not finite" in message
     assert steps == 26 and not (tmp_path / "sft.pt").exists()
     assert (tmp_path / "pretrained.pt").exists() and (tmp_path / "sft.part.pt").exists()
 
 
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs a device that is always full")
-def test_a_full_disk_ends_the_run_in_one_line(whole, tmp_path):
+def test_a_full_disk_ends_the_run_in_one_line(whole, monkeypatch, tmp_path):
     (tmp_path / "dpo.part.pt.tmp").symlink_to("/dev/full")
     (tmp_path / "dpo.pt").write_bytes(b"an earlier run's")
     flags = [f"--out={tmp_path}", f"--init={whole}/sft.pt", *DPO]
-    line = [sys.executable, "train_dpo.py", *flags]
-    run = subprocess.run(line, cwd=ROOT, capture_output=True, text=True)
-    assert run.returncode == 1 and run.stderr.count("\n") == 1
-    assert "is the disk full?" in run.stderr
+    assert "is the disk full?" in refusal(run_main, monkeypatch, train_dpo, *flags)
     assert (tmp_path / "dpo.pt").read_bytes() == b"an earlier run's"
 
 

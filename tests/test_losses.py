@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import dpo
-from variants import losses
+from variants import losses, train_variant
 
 
 def sigmoid(x):
@@ -56,6 +56,13 @@ def rpo(p, beta, alpha):
     return surprise(m) - alpha * p.bar_w, -pull - alpha / p.n_w, pull
 
 
+def dpop(p, beta, lambda_):
+    fallen = max(0, -p.s_w)
+    m = beta * (p.delta - lambda_ * fallen)
+    pull = beta * sigmoid(-m)
+    return surprise(m), -pull * (1 + lambda_ * (p.s_w < 0)), pull
+
+
 def simpo(p, beta, gamma):
     x = beta * (p.bar_w - p.bar_l) - gamma
     pull = beta * sigmoid(-x)
@@ -83,6 +90,11 @@ def sppo(p, beta, win_prob):
     return off_w**2 + off_l**2, 2 * off_w, 2 * off_l
 
 
+def sppo_mean(p, beta):
+    """The same at P = 1, divided by the two responses."""
+    return [x / 2 for x in sppo(p, beta, 1)]
+
+
 def kto_pair(w, r, ref_w, ref_r, beta, z, lambda_d, lambda_u):
     desirable = torch.arange(2 * len(w)) < len(w)
     z = torch.tensor(z, dtype=w.dtype)
@@ -106,6 +118,7 @@ CASES = {
     "ipo of means": (losses.ipo_loss, ipo, (True,), True, 1, (1 / 4 + 1 / 3 + 1) ** 2),
     "hinge": (losses.hinge_loss, hinge, (), False, 1, 2),
     "rpo": (losses.rpo_loss, rpo, (0.7,), True, math.log(2) + 0.7, math.log(1 + E) + 0.7),
+    "dpop": (losses.dpop_loss, dpop, (3.0,), False, math.log(2), math.log(1 + E**2.5)),
     "simpo": (losses.simpo_loss, simpo, (1.5,), True, math.log(1 + E), math.log(1 + E)),
     "orpo": (losses.orpo_loss, orpo, (0.7,), True, *[1 + 0.7 * math.log((E + 2) / (E + 1))] * 2),
     "kto": (
@@ -113,6 +126,7 @@ CASES = {
         *(1.5 * sigmoid(1) + 0.5 * sigmoid(-1), 1.5 * sigmoid(1.5) + 0.5 * sigmoid(-0.5)),
     ),
     "sppo": (sppo_pair, sppo, (0.9,), False, 2 * 0.8**2, 2 * 1.8**2),
+    "sppo of pairs": (losses.sppo_pair_loss, sppo_mean, (), False, 1, 4),
 }
 each_loss = pytest.mark.parametrize("case", CASES.values(), ids=CASES)
 
@@ -174,6 +188,12 @@ def test_only_simpo_and_orpo_do_without_the_reference(case):
     other = torch.cat([logps[:2], logps[2:] + torch.tensor([[1.0], [-2.0]])])
     same = torch.equal(call(case, logps, lengths, 0.5), call(case, other, lengths, 0.5))
     assert same == (case[0] in (losses.simpo_loss, losses.orpo_loss))
+
+
+def test_no_loss_of_the_command_line_is_without_a_case():
+    tested = {case[0] for case in CASES.values()} | {losses.kto_loss}  # in kto_pair()
+    for name, (function, *_) in train_variant.LOSSES.items():
+        assert function in tested, f"{name} has no oracle and no row of CASES"
 
 
 # --- what is particular to each -----------------------------------------------------------------

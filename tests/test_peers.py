@@ -76,7 +76,8 @@ def our_steps(sft, pairs, config):
     model, tokenizer, _ = sft
     policy, reference = copy.deepcopy(model), copy.deepcopy(model).requires_grad_(False)
     dataset = train_dpo.add_reference_logps(reference, tokenizer, pairs)
-    loss_fn = train_dpo.pair_losses if config.loss == "dpo" else train_variant.variant_losses
+    is_dpo = type(config) is train_dpo.Config
+    loss_fn = train_dpo.pair_losses if is_dpo else train_variant.variant_losses
     optimizer = train_dpo.make_optimizer(policy, config)
     return [*train_dpo.train(policy, optimizer, dataset, config, loss_fn)], policy
 
@@ -108,7 +109,7 @@ def their_trainer(trl, sft, pairs, config, settings, factor, folder):
 
 
 def test_trl_reads_the_same_tokens(trl, sft, pairs, tmp_path):
-    config = train_variant.Config(batch_size=BATCH)
+    config = train_dpo.Config(batch_size=BATCH)
     batch = data.batches(len(pairs), BATCH, STEPS, config.seed)
     trainer = their_trainer(trl, sft, pairs, config, {}, 1, tmp_path)
     for i, row in zip(itertools.chain(*batch), trainer.train_dataset, strict=True):
@@ -121,7 +122,10 @@ def test_trl_reads_the_same_tokens(trl, sft, pairs, tmp_path):
 @pytest.mark.parametrize("name", LOSSES)
 def test_trl_takes_the_same_steps(trl, sft, pairs, tmp_path, name):
     ours, theirs, factor = LOSSES[name]
-    config = train_variant.Config(loss=name, loss_beta=ours["beta"], **{"batch_size": BATCH} | ours)
+    settings = {"batch_size": BATCH} | ours
+    config = train_dpo.Config(**settings)
+    if name != "dpo":
+        config = train_variant.config_of(name)(**settings, loss_beta=ours["beta"])
     pairs = pairs[: STEPS * config.batch_size]
     steps, policy = our_steps(sft, pairs, config)
     trainer = their_trainer(trl, sft, pairs, config, theirs, factor, tmp_path)

@@ -1,19 +1,15 @@
-"""The loop and what it is fed, and the command lines at toy size."""
+"""train_sft.py and train_dpo.py: the loops and what they are fed."""
 
 import copy
 import dataclasses
-import json
 import math
 import random
-import signal
-import subprocess
-import sys
 from types import SimpleNamespace
 
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import ROOT, TOY_SFT, command, needs_unix, refusal, run_main
+from conftest import refusal
 
 import data
 import dpo
@@ -22,10 +18,6 @@ import responses
 import train_dpo
 import train_sft
 from lab import runs, village
-from lab.pairs import check_village_fits
-
-TOY_DPO = ["--num-pairs=48", "--batch-size=8", "--eval-questions=2", "--eval-samples=3"]
-
 
 # --- Training -----------------------------------------------------------------------------------
 
@@ -281,182 +273,3 @@ def test_held_out_metrics_are_those_of_a_loop_over_pairs(setup):
     assert found["held-out/accuracy"] == pytest.approx(right / len(losses))
     nothing = train_dpo.add_reference_logps(reference, None, [])
     assert train_dpo.held_out_metrics(policy, nothing, config) == {}
-
-
-# --- The command lines --------------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def finished(tmp_path_factory):
-    out = tmp_path_factory.mktemp("village")
-    sft = command("train_sft.py", "--out", str(out), *TOY_SFT)
-    return out, sft, command("train_dpo.py", "--out", str(out), *TOY_DPO)
-
-
-def test_the_pipeline_on_the_village(finished):
-    out, sft, run = finished
-    ends = "pt", "jsonl", "json"
-    files = {f"{name}.{end}" for name in ("pretrained", "sft", "dpo") for end in ends}
-    assert files | {"pairs.jsonl"} == {path.name for path in out.iterdir()}
-    assert "nats a token on held-out text" in sft.stdout and "never asked: " in sft.stdout
-    assert "loss before the first step: 0.6931" in run.stdout and "optimum, Eq. 4" in run.stdout
-    assert not run.stderr  # bars are quiet when the output is no terminal
-    report = json.loads((out / "dpo.json").read_text())
-    for part in (report, report["never_asked"]):
-        for row in ("reference", "policy", "optimum"):
-            for name in ("reward", "kl", "objective", "optimality"):
-                assert math.isfinite(part[row][name]) and part[row][f"{name}_se"] >= 0
-    assert report["policy"]["kl"] != 0
-    sft, dpo_policy = (gpt.load(out / name)[0].wte.weight for name in ("sft.pt", "dpo.pt"))
-    assert not torch.equal(sft, dpo_policy)
-    assert report["seed"] == report["config"]["seed"] == 0 and report["seconds"]["training"] > 0
-    lines = [json.loads(line) for line in (out / "dpo.jsonl").read_text().splitlines()]
-    assert [line["step"] for line in lines] == [*range(1, len(lines) + 1)]
-    assert "fresh/garbled" in lines[-1] and "fresh/kl" in lines[-1] and "lr" in lines[0]
-
-
-def test_the_answers_before_are_the_references_and_those_after_the_policys(finished):
-    out, _, run = finished
-    config, prompts = train_dpo.Config(), village.split_questions()[1][:2]
-    for label, name in (("before", "sft.pt"), ("after ", "dpo.pt")):
-        model, tokenizer = runs.load_checkpoint(out / name)
-        _, texts = responses.sample_responses(model, tokenizer, prompts, config, "")
-        for prompt, text in zip(prompts, texts):
-            score = -3 if text is None else village.reward(prompt, text)
-            assert f"    {label} {score:+.0f} {text or '(cut off)'}" in run.stdout
-
-
-def test_the_same_seed_gives_the_same_metrics_and_another_seed_others(finished, tmp_path):
-    out, *_ = finished
-    for seed, same in (("0", True), ("1", False)):
-        flags = ["--init", str(out / "sft.pt"), "--out", str(tmp_path), "--seed", seed, *TOY_DPO]
-        command("train_dpo.py", *flags)
-        again = (tmp_path / "dpo.jsonl").read_bytes() == (out / "dpo.jsonl").read_bytes()
-        assert again == same
-
-
-def test_the_pipeline_on_somebodys_own_text_and_pairs(tmp_path):
-    words = "the cat sat on a mat and the dog ran to an old red barn with two hens".split()
-    (tmp_path / "my.txt").write_text(" ".join(words * 40))
-    (tmp_path / "my.jsonl").write_text(
-        "\n".join(json.dumps({"prompt": f"the {w}?", "response": " a cat"}) for w in words)
-    )
-    (tmp_path / "pairs.jsonl").write_text(
-        "\n".join(
-            json.dumps({"prompt": f"the {w}?", "chosen": " a cat", "rejected": " a dog ran"})
-            for w in words
-        )
-    )
-    corpus, sft, pairs, out = (
-        str(tmp_path / n) for n in ("my.txt", "my.jsonl", "pairs.jsonl", "out")
-    )
-    command(
-        "train_sft.py", "--corpus", corpus, "--sft", sft, "--out", out, "--vocab-size=270", *TOY_SFT
-    )
-    other = ["--dtype=bfloat16", "--optimizer=adamw", "--lr=1e-4"]
-    run = command("train_dpo.py", "--pairs", pairs, "--out", out, *TOY_DPO, *other)
-    assert (
-        "Before and after" in run.stdout
-        and "held-out/accuracy" in run.stdout
-        and "E[reward]" not in run.stdout
-    )
-    report = json.loads((tmp_path / "out" / "dpo.json").read_text())
-    assert {"held-out/loss", "held-out/accuracy", "fresh/kl", "fresh/cut-off"} <= {*report}
-
-
-@pytest.mark.parametrize(
-    "flags, message",
-    [
-        (["--beat=1"], "unrecognized arguments: --beat=1"),
-        (["--be=1"], "unrecognized arguments"),
-        (["--beta=x"], "invalid float value: 'x'"),
-        (["--beta=0"], "--beta must be positive, not 0.0"),
-        (["--beta=-1"], "--beta must be positive"),
-        (["--beta=nan"], "--beta must be positive, not nan"),
-        (["--lr=inf"], "--lr must be positive"),
-        (["--batch-size=0"], "--batch-size must be positive, not 0"),
-        (["--seed=100000000000000000000"], "--seed must be positive and below"),
-        (["--momentum=1"], "--momentum must be positive and below 1, not 1.0"),
-        (["--epochs=0"], "--epochs must be positive"),
-        (["--optimizer=adam"], "--optimizer must be one of sgd, adamw, not adam"),
-        (["--dtype=int8"], "--dtype must be one of float32, bfloat16, not int8"),
-        (["--device=tpu9"], "--device tpu9 is not available here"),
-        (["--out=README.md/x"], "cannot write to --out README.md/x"),
-        (["--init=nowhere.pt"], "there is no nowhere.pt: train_sft.py writes sft.pt"),
-        (["--init=README.md"], "README.md is not a whole checkpoint"),
-    ],
-)
-def test_a_mistake_ends_the_run_in_one_line(monkeypatch, tmp_path, flags, message):
-    flags = [f"--out={tmp_path}", *flags]
-    assert message in refusal(run_main, monkeypatch, train_dpo, *flags)
-
-
-def test_own_text_without_own_answers_is_refused(monkeypatch, tmp_path):
-    flags = ["--corpus=my.txt", f"--out={tmp_path}"]
-    assert "go together" in refusal(run_main, monkeypatch, train_sft, *flags)
-
-
-def test_a_bad_pairs_file_stops_before_any_work(finished, monkeypatch, tmp_path):
-    pairs = tmp_path / "pairs.jsonl"
-    pairs.write_text('{"prompt": "a"}\n')
-    flags = [f"--init={finished[0] / 'sft.pt'}", f"--out={tmp_path}", f"--pairs={pairs}"]
-    message = refusal(run_main, monkeypatch, train_dpo, *flags)
-    assert f'{pairs}, line 1: no "chosen"' in message
-    assert [path.name for path in tmp_path.iterdir()] == ["pairs.jsonl"]
-    flags[-1] = "--pairs=nowhere.jsonl"
-    assert "nowhere.jsonl" in refusal(run_main, monkeypatch, train_dpo, *flags)
-
-
-def test_a_bad_pairs_file_leaves_the_last_report(finished, monkeypatch, tmp_path):
-    for name, text in (("dpo.json", "{}"), ("pairs.jsonl", "{")):
-        (tmp_path / name).write_text(text)
-    flags = [f"--init={finished[0] / 'sft.pt'}", f"--out={tmp_path}"]
-    flags.append(f"--pairs={tmp_path}/pairs.jsonl")
-    assert "not JSON" in refusal(run_main, monkeypatch, train_dpo, *flags)
-    assert (tmp_path / "dpo.json").read_text() == "{}"
-
-
-def test_a_model_too_small_for_the_village_is_refused(tokenizer):
-    prompt = max(len(tokenizer.encode_ordinary(q)) for q in village.QUESTIONS)
-    texts = (text for question in village.QUESTIONS for text in village.responses(question))
-    response = max(len(data.encode(tokenizer, "", text)[0]) for text in texts)
-    config = train_dpo.Config(max_new_tokens=response)
-    check_village_fits(tokenizer, prompt + response, config)
-    with pytest.raises(SystemExit, match=f"responses take {response} tokens and prompts {prompt}"):
-        check_village_fits(tokenizer, prompt + response - 1, config)
-
-
-def test_a_loss_that_is_not_finite_stops_and_keeps_the_last_good_weights(finished, tmp_path):
-    good = (finished[0] / "dpo.pt").read_bytes()
-    (tmp_path / "dpo.pt").write_bytes(good)
-    flags = ["--init", str(finished[0] / "sft.pt"), "--out", str(tmp_path), "--lr=1e30", *TOY_DPO]
-    run = command("train_dpo.py", *flags, check=False)
-    assert run.returncode == 1 and "not finite: try a lower learning rate" in run.stderr
-    assert run.stderr.count("\n") == 1
-    assert (tmp_path / "dpo.pt").read_bytes() == good
-
-
-@needs_unix
-def test_ctrl_c_leaves_whole_files_and_one_line(finished, tmp_path):
-    flags = [
-        "--init",
-        str(finished[0] / "sft.pt"),
-        "--out",
-        str(tmp_path),
-        "--epochs=10000",
-        *TOY_DPO,
-    ]
-    # A test run in the background may ignore Ctrl-C, and a child would inherit that.
-    handler = signal.signal(signal.SIGINT, signal.default_int_handler)
-    process = subprocess.Popen(
-        [sys.executable, "-u", "train_dpo.py", *flags],
-        cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-    )  # fmt: skip
-    signal.signal(signal.SIGINT, handler)
-    while "first step" not in process.stdout.readline():
-        assert process.poll() is None
-    process.send_signal(signal.SIGINT)
-    _, errors = process.communicate(timeout=60)
-    assert process.returncode == 1 and "Traceback" not in errors
-    assert errors.strip() == "interrupted; --resume goes on from the last saved state"
-    assert len((tmp_path / "pairs.jsonl").read_text().splitlines()) > 40

@@ -98,6 +98,22 @@ def rpo_loss(
     return losses - alpha * policy_chosen_logps / chosen_lengths
 
 
+def dpop_loss(
+    policy_chosen_logps, policy_rejected_logps, ref_chosen_logps, ref_rejected_logps, beta, lambda_
+):  # fmt: skip
+    """DPOP (DPO-Positive): Pal et al. 2024, arXiv:2402.13228, Eq. 3.
+
+    DPO that makes a chosen response pay, λ-fold, for every nat that it has fallen: under the
+    reference's probability of it the gradient holds it up before it pushes the rejected one down.
+    """
+    fallen = F.relu(ref_chosen_logps - policy_chosen_logps)
+    losses, _, _ = dpo_loss(
+        policy_chosen_logps - lambda_ * fallen, policy_rejected_logps, ref_chosen_logps,
+        ref_rejected_logps, beta,
+    )  # fmt: skip
+    return losses
+
+
 def simpo_loss(
     policy_chosen_logps, policy_rejected_logps, ref_chosen_logps, ref_rejected_logps, beta,
     gamma, *, chosen_lengths, rejected_lengths
@@ -161,6 +177,18 @@ def sppo_loss(policy_logps: Tensor, ref_logps: Tensor, win_probs: Tensor, beta: 
     authors' trainer halves the sum over a pair, TRL's does not and takes P = 1 and 0.
     """
     return (policy_logps - ref_logps - (win_probs - 0.5) / beta) ** 2
+
+
+def sppo_pair_loss(
+    policy_chosen_logps, policy_rejected_logps, ref_chosen_logps, ref_rejected_logps, beta
+):  # fmt: skip
+    """SPPO: Wu et al. 2024, arXiv:2405.00675, on pairs: the mean of both responses' losses.
+
+    There is one label, so the chosen response has won all its comparisons, and the rejected none.
+    """
+    won = torch.ones_like(policy_chosen_logps)
+    chosen_losses = sppo_loss(policy_chosen_logps, ref_chosen_logps, won, beta)
+    return (chosen_losses + sppo_loss(policy_rejected_logps, ref_rejected_logps, 1 - won, beta)) / 2
 
 
 def clipped_loss(logps: Tensor, old_logps: Tensor, advantages: Tensor, clip: float) -> Tensor:

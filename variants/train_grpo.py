@@ -39,7 +39,7 @@ from variants.losses import clipped_loss
 
 @dataclass
 class Config(evaluate.Config):
-    no_std: bool = flag(False, "the plain policy gradient, which follows --beta")
+    no_std: bool = flag(False, "the plain policy gradient of Eq. 3 at --eval-beta")
     kl_beta: float = flag(0.35, "weight of k3 in the published loss")
     steps: int = flag(60, "each on fresh samples")
     questions: int = flag(64, "for each step")

@@ -3,13 +3,16 @@
     python variants/train_variant.py --loss ipo
     python variants/train_variant.py --loss kto --pairs my.jsonl   thumbs up and down, or pairs
 
---loss: cdpo robust ipo hinge rpo simpo orpo kto sppo. Optimality is measured at --beta, one for all
-methods; a loss's own coefficient is --loss-beta. Writes out/NAME.pt, .jsonl and .json.
+`--loss NAME --help` shows the flags that a loss reads. Its own coefficient is --loss-beta; all are
+judged by --eval-beta. Writes out/NAME.pt, .jsonl and .json.
 """
 
+import argparse
 import copy
+import inspect
+import math
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, field, fields, make_dataclass
 from functools import partial
 from pathlib import Path
 
@@ -22,60 +25,71 @@ from lab.flags import flag
 from lab.pairs import OwnData, Village
 from variants import kto, losses
 
-# Found by a small sweep on seed 0 (README, "The family").
-DEFAULTS = {
-    "cdpo": {"loss_beta": 0.3, "lr": 1e-2},
-    "robust": {"loss_beta": 0.6, "lr": 5e-3},
-    "ipo": {"loss_beta": 0.085, "lr": 1e-4},
-    "hinge": {"loss_beta": 0.35, "lr": 4e-3},
-    "rpo": {"loss_beta": 0.4, "lr": 8e-3},
-    "simpo": {"loss_beta": 2.5, "lr": 2e-3},
-    "orpo": {"lambda_": 1.0, "lr": 3e-3, "optimizer": "adamw", "epochs": 2},
-    "kto": {"batch_size": 128},
-    "sppo": {"loss_beta": 0.04, "lr": 5e-5},
+# A new loss takes three places:
+#   1. losses.py: its function. Its parameters may be the four log-probabilities of dpo_loss, beta,
+#      chosen_lengths and rejected_lengths in tokens, and numbers of its own, which become flags.
+#   2. Here: a row. A number of its own needs a line of HELP, too.
+#   3. tests/test_losses.py: its oracle in plain floats and a row of CASES, or a test is red.
+LOSSES = {  # name: (function, paper on arXiv, flags that it reads and defaults, found on seed 0)
+    "cdpo": (losses.cdpo_loss, "Mitchell", {"loss_beta": 0.3, "label_smoothing": 0.1, "lr": 1e-2}),
+    "robust": (losses.robust_loss, "2403.00409",
+               {"loss_beta": 0.6, "label_smoothing": 0.1, "lr": 5e-3}),
+    "ipo": (losses.ipo_loss, "2310.12036", {"loss_beta": 0.085, "average": False, "lr": 1e-4}),
+    "hinge": (losses.hinge_loss, "2309.06657", {"loss_beta": 0.35, "lr": 4e-3}),
+    "rpo": (losses.rpo_loss, "2404.19733", {"loss_beta": 0.4, "alpha": 0.1, "lr": 8e-3}),
+    "dpop": (losses.dpop_loss, "2402.13228", {"loss_beta": 0.5, "lambda_": 5.0, "lr": 3e-3}),
+    "simpo": (losses.simpo_loss, "2405.14734", {"loss_beta": 2.5, "gamma": 0.5, "lr": 2e-3}),
+    "orpo": (losses.orpo_loss, "2403.07691",
+             {"lambda_": 1.0, "lr": 3e-3, "optimizer": "adamw", "epochs": 2}),
+    "kto": (losses.kto_loss, "2402.01306", {"loss_beta": 0.5, "batch_size": 128}),  # by kto.py
+    "sppo": (losses.sppo_pair_loss, "2405.00675", {"loss_beta": 0.04, "lr": 5e-5}),
+}  # fmt: skip
+HELP = {  # of the flags that are no flags of train_dpo.py
+    "loss_beta": "the loss's own coefficient, which its paper calls β",
+    "label_smoothing": "share of the labels that are taken for flipped",
+    "average": "means over tokens in place of sums, as in TRL",
+    "alpha": "weight of the chosen response's SFT loss",
+    "lambda_": "weight of the loss's second term",
+    "gamma": "the margin that is asked for",
 }
 
 
 @dataclass
 class Config(train_dpo.Config):
-    beta: float = flag(0.5, "β of Eq. 3, by which all methods are judged alike")
-    loss: str = flag("ipo", "which relative of DPO", choices=tuple(DEFAULTS))
-    loss_beta: float = flag(0.5, "the loss's own coefficient, called β in its paper")
-    label_smoothing: float = flag(0.1, "cdpo, robust: share of flipped labels", below=0.5)
-    average: bool = flag(False, "ipo: means over tokens, as TRL has it")
-    alpha: float = flag(0.1, "rpo: weight of the chosen response's SFT loss")
-    gamma: float = flag(0.5, "simpo: the margin asked for")
-    lambda_: float = flag(0.5, "orpo: weight of the odds ratio")
+    beta: float = flag(0.5, "β of Eq. 3, by which all methods are judged", name="--eval-beta")
+    loss: str = flag("ipo", "which relative of DPO", tuple(LOSSES))
+
+
+def config_of(loss):
+    """The flags of a loss: train_dpo.py's, with its own defaults, and those that it alone reads."""
+    common, own = {f.name: f.metadata for f in fields(Config)}, []
+    for name, default in {"loss": loss, **LOSSES[loss][2]}.items():
+        below = 0.5 if name == "label_smoothing" else math.inf
+        alone = flag(default, HELP.get(name), zero=name != "loss_beta", below=below)
+        metadata = common.get(name, alone.metadata)
+        own.append((name, type(default), field(default=default, metadata=metadata)))
+    return make_dataclass(f"{loss}_config", own, bases=(Config,))
+
+
+def lengths(examples, device):
+    """In tokens, prompts not counted -> (B,)."""
+    return torch.tensor([sum(mask) for _, mask in examples], device=device)
 
 
 def variant_losses(policy_chosen_logps, policy_rejected_logps, batch, config):
-    """What train_dpo.train() calls in place of pair_losses(): another loss of the same pairs."""
-    chosen, rejected = policy_chosen_logps, policy_rejected_logps
-    ref_chosen, ref_rejected = batch.ref_chosen_logps, batch.ref_rejected_logps
-    four, beta = (chosen, rejected, ref_chosen, ref_rejected), config.loss_beta
-    lengths = {  # in tokens
-        f"{name}_lengths": torch.tensor([sum(mask) for _, mask in side], device=chosen.device)
-        for name, side in (("chosen", batch.chosen), ("rejected", batch.rejected))
+    """What train_dpo.train() calls in place of pair_losses(): another loss of the same pairs, which
+    is handed what its parameters name."""
+    (function, *_), device = LOSSES[config.loss], policy_chosen_logps.device
+    named = vars(config) | {
+        "beta": getattr(config, "loss_beta", None),
+        "policy_chosen_logps": policy_chosen_logps,
+        "policy_rejected_logps": policy_rejected_logps,
+        "ref_chosen_logps": batch.ref_chosen_logps,
+        "ref_rejected_logps": batch.ref_rejected_logps,
+        "chosen_lengths": lengths(batch.chosen, device),
+        "rejected_lengths": lengths(batch.rejected, device),
     }
-    match config.loss:
-        case "cdpo":
-            return losses.cdpo_loss(*four, beta, config.label_smoothing)
-        case "robust":
-            return losses.robust_loss(*four, beta, config.label_smoothing)
-        case "ipo":
-            return losses.ipo_loss(*four, beta, config.average, **lengths)
-        case "hinge":
-            return losses.hinge_loss(*four, beta)
-        case "rpo":
-            return losses.rpo_loss(*four, beta, config.alpha, **lengths)
-        case "simpo":
-            return losses.simpo_loss(*four, beta, config.gamma, **lengths)
-        case "orpo":
-            return losses.orpo_loss(*four, beta, config.lambda_, **lengths)
-        case "sppo":  # one label a pair: the chosen response has won all its comparisons
-            won = torch.ones_like(chosen)
-            chosen_losses = losses.sppo_loss(chosen, ref_chosen, won, beta)
-            return (chosen_losses + losses.sppo_loss(rejected, ref_rejected, 1 - won, beta)) / 2
+    return function(**{name: named[name] for name in inspect.signature(function).parameters})
 
 
 def steps_of(config):
@@ -89,9 +103,14 @@ def steps_of(config):
 
 
 def read_flags():
-    """The flags, with the defaults of the loss that they name."""
-    name = flags.read_config(Config, "train_variant.py").loss
-    config = flags.read_config(Config, "train_variant.py", **DEFAULTS[name])
+    """The flags of the loss that --loss names, with its defaults. Those of others are refused."""
+    parser = argparse.ArgumentParser(add_help=False)
+    parser.add_argument("--loss", default=Config.loss)
+    name = parser.parse_known_args()[0].loss
+    if name not in LOSSES:
+        hint = " (--loss dpo is train_dpo.py)" if name == "dpo" else ""
+        raise SystemExit(f"--loss must be one of {', '.join(LOSSES)}, not {name}{hint}")
+    config = flags.read_config(config_of(name), f"train_variant.py --loss {name}")
     if name == "kto" and (config.batch_size < 2 or config.grad_accum > 1):
         raise SystemExit("kto's z is a batch's mean: --batch-size from 2 up, no --grad-accum")
     return config
