@@ -21,7 +21,7 @@ mutants: .venv/installed-peers
 RUNS ?= out
 
 figures: .venv/installed-dev
-	.venv/bin/python experiments/curves.py $(RUNS)
+	.venv/bin/python experiments/curves.py $(RUNS) --picture assets/curves.svg
 
 .venv/installed: requirements.txt
 	@command -v $(PYTHON) > /dev/null || { echo "$(PYTHON) is not installed: install Python 3.11 or newer"; exit 1; }

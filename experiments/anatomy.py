@@ -2,10 +2,9 @@
 
     python experiments/anatomy.py out/0 out/1 ...     folders with sft.pt, dpo.pt and dpo.json
 
-The gap to the optimum is J* − J(π) = β KL(π‖π*) (put Eq. 4 into Eq. 3), and a KL divergence splits
-by the chain rule: between reward levels, how often the policy earns each reward, and within levels,
-where π* keeps the reference's proportions, so that any other preference is KL paid for nothing.
-Texts outside the grammar are counted as one: what moves among them is not seen here.
+The gap to the optimum is J* − J(π) = β KL(π‖π*) (put Eq. 4 into Eq. 3), and splits in two: between
+reward levels, how often the policy earns each; and within levels, where π* keeps the reference's
+proportions, so that another preference is KL paid for nothing. All garbled texts count as one.
 """
 
 import json
@@ -17,21 +16,6 @@ import torch
 sys.path.insert(0, str(Path(__file__).parent.parent))  # run from anywhere
 import dpo
 from lab import evaluate, runs, village
-
-
-def shares(p, questions):
-    """How often: garbled, kind opening, true answer, kind closing. p (Q, N + 1) as listed by
-    village.responses(): openings, answers, closings, the last fastest; then all other texts."""
-    listed = p[:, :-1].view(len(questions), len(village.OPENINGS), -1, len(village.CLOSINGS))
-    kind_opening = torch.tensor([side == 1 for side in village.OPENINGS.values()])
-    kind_closing = torch.tensor([side == 1 for side in village.CLOSINGS.values()])
-    true = torch.tensor([[side == 1 for side in village.answers(q).values()] for q in questions])
-    return [
-        p[:, -1].mean().item(),
-        listed[:, kind_opening].sum((1, 2, 3)).mean().item(),
-        (listed.sum((1, 3)) * true).sum(1).mean().item(),
-        listed[..., kind_closing].sum((1, 2, 3)).mean().item(),
-    ]
 
 
 def split_gap(logps, best_logps, rewards):
@@ -56,11 +40,11 @@ def main():
         ref_logps, rewards = evaluate.exact_distribution(reference, tokenizer, questions)
         logps, _ = evaluate.exact_distribution(policy, tokenizer, questions)
         best_logps, log_z = dpo.optimal_logps(ref_logps, rewards, beta)
-        print(f"| {folder} | garbled | kind opening | true answer | kind closing |")
-        print("|---|---|---|---|---|")
+        print(f"| {folder} | garbled | {' | '.join(village.PARTS)} |\n" + "|---" * 5 + "|")
         for name, row in (("reference", ref_logps), ("DPO", logps), ("optimum", best_logps)):
-            cells = " | ".join(f"{share:.1%}" for share in shares(row.exp(), questions))
-            print(f"| {name} | {cells} |")
+            p, parts = row.exp(), evaluate.reward_parts(questions)
+            cells = " | ".join(f"{(p * part).sum(1).mean():.3f}" for part in parts)
+            print(f"| {name} | {p[:, -1].mean():.1%} | {cells} |")
         between, within = (beta * part for part in split_gap(logps, best_logps, rewards))
         print(f"J* − J = {between + within:.3f}: between levels {between:.3f}, within {within:.3f}")
         lines = (Path(folder) / "pairs.jsonl").read_text(encoding="utf-8").splitlines()

@@ -12,8 +12,8 @@ theirs run in turn, three times; shown are medians and the range of ratios, of -
 Model FLOPs of a response of T tokens, S of them scored, in L layers of width C, vocabulary V:
     L (24 C² T + 2 C T²) + 2 C V S
 forward (matrix products only; attention is causal, so half of T² counts), three times that with
-the backward pass. Padding does not count. The peak is what torch reaches here at products of two
-1024 x 1024 matrices in float32. The model is random and ends no response before its 24th token.
+the backward pass. The peak is what torch reaches at products of two 1024 x 1024 matrices. The model
+is random and ends no response before its 24th token.
 """
 
 import copy
@@ -218,11 +218,9 @@ def measure(functions, setting):
     return figures
 
 
-def medians(rounds):
-    return {name: statistics.median(figures[name] for figures in rounds) for name in rounds[0]}
-
-
-def show(label, figures):
+def show(label, rounds):
+    """The median of every figure."""
+    figures = [(name, statistics.median(row[name] for row in rounds)) for name in rounds[0]]
     texts = (f"{name} {v:.0%}" if "share" in name else f"{name} {v:,.0f}" for name, v in figures)
     print(f"{label}: " + ", ".join(texts), flush=True)
 
@@ -235,10 +233,10 @@ def compare(setting, config):
         ours.append(measure((time_dpo, time_generation), setting))
         if config.peer:
             theirs.append(measure((time_trl, time_transformers), setting))
-    show(size, medians(ours).items())
+    show(size, ours)
     if config.peer:
         names = f"TRL {version('trl')} and transformers {version('transformers')}"
-        show(f"{size}, {names}", medians(theirs).items())
+        show(f"{size}, {names}", theirs)
         for name in theirs[0]:
             ratios = sorted(mine[name] / their[name] for mine, their in zip(ours, theirs))
             print(
@@ -255,8 +253,7 @@ def grow(config):
     ranges = {
         "batch_size": [replace(small, batch_size=b) for b in (16, 64, 256)],
         "length": [
-            replace(small, length=t, batch_size=8, pairs=64 * small.pairs // t)
-            for t in (64, 256, 1024)
+            replace(small, length=t, batch_size=8, pairs=2**16 // t) for t in (64, 256, 1024)
         ],
         "n_embd": [replace(small, n_embd=c) for c in (64, 128, 256, 512)],
         "pairs": [replace(tiny, pairs=n) for n in (4000, 20_000, 100_000)],
@@ -265,7 +262,7 @@ def grow(config):
         for setting in settings:
             rounds = [measure((time_dpo,), setting) for _ in range(config.rounds)]
             fastest = max(rounds, key=lambda figures: figures["pairs/s"])
-            show(f"{name} {getattr(setting, name):,}", fastest.items())
+            show(f"{name} {getattr(setting, name):,}", [fastest])
 
 
 def hold_gpt2():
@@ -273,8 +270,7 @@ def hold_gpt2():
     gpt2 = Setting(12, 768, pairs=4, batch_size=4, vocab_size=50257, length=512)
     for grad_accum in (1, 4):
         figures = measure((time_dpo,), replace(gpt2, grad_accum=grad_accum))
-        peak = "peak memory, MB"
-        show(f"GPT-2 124M, grad_accum {grad_accum}", [(peak, figures[peak])])
+        show(f"GPT-2 124M, grad_accum {grad_accum}", [figures])
 
 
 def main():

@@ -107,25 +107,23 @@ class Ground:
         return policy.requires_grad_(True)
 
 
-def run_pairs(ground, name, flips=0.0, **settings):
-    """DPO or a variant on the seed's pairs, a share of whose labels is flipped."""
-    half = name == "kto_half"
-    name = name.removesuffix("_half")
+def on_pairs(ground, name, flips=0.0, **settings):
+    """DPO or a relative on the seed's pairs, a share of whose labels is flipped."""
     texts, dataset, seconds = ground.pairs
-    texts = texts[: len(texts) // 2] if half else texts
     if name == "dpo":
-        config = ground.config(train_dpo.Config)
+        config = ground.config(train_dpo.Config, **settings)
         add_reference_logps, train = train_dpo.add_reference_logps, train_dpo.train
     else:
-        config = ground.config(train_variant.config_of(name), **settings)
+        config = ground.config(train_variant.config_of(name.removesuffix("_half")), **settings)
         add_reference_logps, train, *_ = train_variant.steps_of(config)
-    if flips or name == "kto":
+    if flips or name.startswith("kto"):
+        texts = texts[: len(texts) // 2] if name == "kto_half" else texts
         texts = flip(texts, flips, ground.seed)
         dataset = add_reference_logps(ground.reference, ground.tokenizer, texts)
     policy = ground.policy(ground.folder / "pretrained.pt" if name == "orpo" else None)
-    optimizer = train_dpo.make_optimizer(policy, config)
-    consume(train(policy, optimizer, dataset, config), name)
-    return policy, len(texts) * (2 if name == "kto" else 1), seconds
+    optimizer, count = train_dpo.make_optimizer(policy, config), len(dataset)
+    steps = train(policy, optimizer, dataset, config)
+    return policy, steps, train_dpo.count_steps(config, count), count, seconds
 
 
 def flip(texts, share, seed):
@@ -134,52 +132,48 @@ def flip(texts, share, seed):
     return [(p, r, c) if flip else (p, c, r) for (p, c, r), flip in zip(texts, flipped)]
 
 
-def run_sft(ground, demonstrations):
+def on_demonstrations(ground, demonstrations, labels=0, seconds=0):
     """Fine-tuning on (prompt, response) texts, at a third of train_sft.py's rate."""
     policy = ground.policy()
     examples = [data.encode(ground.tokenizer, *demo) for demo in demonstrations]
-    steps = max(1, len(examples) // 64)
-    batches = data.batches(len(examples), 64, steps, ground.seed)
-    optimizer, rates = train_sft.make_optimizer(policy, 0), data.learning_rates(1e-3, steps)
-    consume(train_sft.train(policy, optimizer, examples, batches, rates), "SFT")
-    return policy
+    count = max(1, len(examples) // 64)
+    batches = data.batches(len(examples), 64, count, ground.seed)
+    optimizer, rates = train_sft.make_optimizer(policy, 0), data.learning_rates(1e-3, count)
+    steps = train_sft.train(policy, optimizer, examples, batches, rates)
+    return policy, steps, count, labels, seconds
 
 
-def run_method(ground, name, **settings):
-    models = policy, _, tokenizer = ground.policy(), ground.reference, ground.tokenizer
+def training_of(ground, name, **settings):
+    """Any method, at its script's defaults but for these settings -> its policy; an iterator that
+    trains it; the number of steps; labels used; seconds spent before on what methods share."""
+    models = policy, _, _ = ground.policy(), ground.reference, ground.tokenizer
+    questions, reward = ground.questions, evaluate.true_rewards
     if name == "sft_chosen":
         texts, _, seconds = ground.pairs
-        return run_sft(ground, [pair[:2] for pair in texts]), len(texts), seconds
+        return on_demonstrations(ground, [pair[:2] for pair in texts], len(texts), seconds)
     if name == "sft_demos":
-        config = ground.config(train_selfplay.Config, spin=True)
+        config = ground.config(train_selfplay.Config, spin=True, **settings)
         rng = random.Random(ground.seed)
-        prompts = rng.choices(ground.questions, k=config.rounds * config.questions)
-        return run_sft(ground, train_selfplay.best_demonstrations(prompts, rng)), 0, 0
+        prompts = rng.choices(questions, k=config.rounds * config.questions)
+        return on_demonstrations(ground, train_selfplay.best_demonstrations(prompts, rng))
     if name in ("sppo_selfplay", "rlaif", "spin"):
         judge = {"judge": "model"} if name == "rlaif" else {"spin": name == "spin"}
-        config = ground.config(train_selfplay.Config, **judge)
-        consume(train_selfplay.train(models, config, ground.questions), name)
-        return policy, train_selfplay.count_labels(config), 0
+        config = ground.config(train_selfplay.Config, **judge, **settings)
+        steps, labels = train_selfplay.count_steps(config), train_selfplay.count_labels(config)
+        return policy, train_selfplay.train(models, config, questions), steps, labels, 0
     if name in ("grpo", "grpo_no_std"):
-        config = ground.config(train_grpo.Config, no_std=name == "grpo_no_std")
-        reward = evaluate.true_rewards
-        consume(train_grpo.train(models, config, ground.questions, reward), name)
-        return policy, config.steps * config.questions * config.group, 0
+        config = ground.config(train_grpo.Config, no_std=name == "grpo_no_std", **settings)
+        steps = train_grpo.train(models, config, questions, reward)
+        return policy, steps, config.steps, train_grpo.count_labels(config), 0
     if name in ("rlhf", "ppo_gt"):
-        config, seconds = ground.config(train_rlhf.Config), 0
-        reward, labels = evaluate.true_rewards, config.steps * config.samples
+        config = ground.config(train_rlhf.Config, **settings)
+        labels, seconds = config.steps * config.samples, 0
         if name == "rlhf":
-            texts, _, seconds = ground.pairs
+            (texts, _, seconds), reward = ground.pairs, ground.learned_reward
             labels = len(texts)
-            reward = ground.learned_reward
-        consume(train_rlhf.train(models, config, ground.questions, reward), name)
-        return policy, labels, seconds
-    return run_pairs(ground, name, **settings)
-
-
-def consume(training, label):
-    for _ in tqdm(training, label, leave=False, disable=None):
-        pass
+        steps = train_rlhf.train(models, config, questions, reward)
+        return policy, steps, config.steps, labels, seconds
+    return on_pairs(ground, name, **settings)
 
 
 def best_of_n(exact, n, beta):
@@ -209,10 +203,9 @@ def run(ground, name, **settings):
         if name in USE_PAIRS:
             _ = ground.pairs  # made once: every method that uses them is charged for them below
         started = time.perf_counter()
-        try:
-            policy, labels, shared = run_method(ground, name, **settings)
-        except FloatingPointError as error:
-            raise SystemExit(f"{name}, seed {ground.seed}: {error}")
+        policy, steps, count, labels, shared = training_of(ground, name, **settings)
+        for _ in tqdm(steps, name, count, leave=False, disable=None):
+            pass
         seconds = round(time.perf_counter() - started + shared, 1)
         models = policy, ground.reference, ground.tokenizer
         rows, _ = evaluate.measure(*models, ground.held_out, ground.exact, config)

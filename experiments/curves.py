@@ -1,12 +1,9 @@
-"""The README's picture and its tables, from what train_dpo.py wrote.
+"""`python experiments/curves.py out/0 out/1 ...`: the first run's metrics as a picture, and the
+figures of all these runs as tables."""
 
-python experiments/curves.py out/0 out/1 ...   the picture of the first run, tables of all
-"""
-
+import argparse
 import json
-import os
 import statistics
-import sys
 from pathlib import Path
 
 import matplotlib
@@ -14,7 +11,8 @@ import matplotlib.pyplot as plt
 
 matplotlib.rcParams["svg.hashsalt"] = "curves"  # the same run gives the same file
 
-BLUE, ORANGE, GREY = "#0072b2", "#d55e00", "#777777"  # told apart by the colour-blind, and in print
+# Told apart by the colour-blind, and in print.
+COLORS = "#0072b2", "#d55e00", "#009e73", "#e69f00", "#56b4e9", "#cc79a7", "#000000"
 
 
 def read_run(folder):
@@ -29,50 +27,52 @@ def read_run(folder):
     return [json.loads(line) for line in lines], report
 
 
-def plot(axis, steps, name, color, label, smooth=20):
-    """A metric over the steps that have it: every value faintly, the mean of the last 20 boldly."""
+def plot(axis, steps, name, color):
+    """A metric over the steps that have it: faintly; boldly the mean of the last 20, if so many."""
     x, y = zip(*[(line["step"], line[name]) for line in steps if name in line])
+    smooth = 20 if len(y) > 20 else 1
     means = [statistics.fmean(y[max(0, i - smooth + 1) : i + 1]) for i in range(len(y))]
     axis.plot(x, y, color=color, alpha=0.25, linewidth=0.7)
-    axis.plot(x, means, color=color, linewidth=1.8, label=label)
+    axis.plot(x, means, color=color, linewidth=1.8, label=name)
 
 
 def draw(steps, report, path):
-    figure, axes = plt.subplots(1, 4, figsize=(14, 3.2), layout="constrained")
-    plot(axes[0], steps, "rewards/margins", BLUE, "margin")
-    axes[0].set(title="implicit reward margin", ylabel="r̂(chosen) − r̂(rejected)")
-    # At the first step policy and reference are one, and accuracy is rounding noise.
-    plot(axes[1], steps[1:], "rewards/accuracies", BLUE, "accuracy")
-    best = report["pairs"]["best_accuracy"]
-    axes[1].axhline(best, color=GREY, linestyle="--", label="best that noisy labels allow")
-    axes[1].set(title="accuracy on training pairs", ylabel="share of pairs", ylim=(0.4, 0.9))
-    plot(axes[2], steps, "logps/chosen", BLUE, "chosen")
-    plot(axes[2], steps, "logps/rejected", ORANGE, "rejected")
-    axes[2].set(title="log-probabilities", ylabel="log π(y|x), nats")
-    start = {"step": 0, "fresh/reward": report["reference"]["reward"], "fresh/kl": 0}
-    steps = [start, *steps]
-    plot(axes[3], steps, "fresh/reward", BLUE, "true reward E[r]", smooth=1)
-    plot(axes[3], steps, "fresh/kl", ORANGE, "KL to the reference, nats", smooth=1)
-    best = report["optimum"]
-    axes[3].axhline(best["reward"], color=BLUE, linestyle=":", label="E[r] of the optimum")
-    axes[3].axhline(best["kl"], color=ORANGE, linestyle=":", label="KL of the optimum")
-    axes[3].set(title="fresh samples, held-out questions", ylim=(0, 3))
-    for axis in axes:
-        axis.set_xlabel("step")
+    """A panel for each kind of metric, that is, each name before a slash. New ones are drawn too."""
+    pairs, best = report["pairs"], report["optimum"]
+    limits = {"loss": pairs["best_loss"], "rewards/accuracies": pairs["best_accuracy"]}
+    limits |= {f"fresh/{name}": best[name] for name in ("reward", "kl")}
+    start = {f"fresh/{name}": report["reference"][name] for name in ("reward", "kl", "garbled")}
+    steps = [{"step": 0} | start, *steps]
+    panels = {}
+    for name in dict.fromkeys(name for line in steps[1:] for name in line):
+        if name not in ("step", "grad_norm", "lr"):
+            kind = name if name.endswith("accuracies") else name.split("/")[0]
+            panels.setdefault(kind, []).append(name)
+    size = 3.5 * len(panels), 3.2
+    figure, axes = plt.subplots(1, len(panels), figsize=size, layout="constrained")
+    for axis, (kind, names) in zip(axes, panels.items()):
+        for name, color in zip(names, COLORS):
+            # At step 1 policy and reference are still one: its accuracy is rounding noise.
+            plot(axis, steps[2:] if name == "rewards/accuracies" else steps, name, color)
+            if name in limits:
+                axis.axhline(limits[name], color=color, linestyle=":", label="optimum")
+        axis.set(title=kind, xlabel="step")
+        axis.margins(y=0.3)
         axis.legend(frameon=False, fontsize=8)
         axis.spines[["top", "right"]].set_visible(False)
-    os.makedirs(path.parent, exist_ok=True)
     figure.savefig(path, metadata={"Date": None})
     print(f"wrote {path}")
 
 
-def mean_and_deviation(values, style):
-    deviation = statistics.stdev(values) if len(values) > 1 else 0
-    return f"{statistics.fmean(values):{style}} ± {deviation:{style}}"
+def mean_and_error(rows, metric, style):
+    """Over several runs ± their standard deviation, of one run ± its own standard error."""
+    values = [row[metric] for row in rows]
+    error = statistics.stdev(values) if len(values) > 1 else rows[0][f"{metric}_se"]
+    return f"{statistics.fmean(values):{style}} ± {error:{style}}"
 
 
 def print_optimum_tables(reports):
-    """Mean ± standard deviation over runs, as Markdown."""
+    """The runs' means, as Markdown."""
     never = [report["never_asked"] for report in reports]
     parts = {"held-out questions": reports, "facts never asked": never}
     rows = {"reference": "reference", "policy": "DPO", "optimum": "optimum, Eq. 4"}
@@ -81,10 +81,8 @@ def print_optimum_tables(reports):
         print(f"\n| {title} | E[reward] | KL(π‖π_ref) | J = E[r] − βKL | optimality |")
         print("|---|---|---|---|---|")
         for row, name in rows.items():
-            cells = [
-                mean_and_deviation([report[row][metric] for report in part], style)
-                for metric, style in styles.items()
-            ]
+            runs = [report[row] for report in part]
+            cells = [mean_and_error(runs, metric, style) for metric, style in styles.items()]
             print(f"| {name} |", " | ".join(cells), "|")
 
 
@@ -105,11 +103,15 @@ def print_runs(folders, runs):
 
 
 def main():
-    folders = sys.argv[1:] or ["out"]
-    runs = [read_run(folder) for folder in folders]
-    draw(*runs[0], Path(__file__).parent.parent / "assets" / "curves.svg")
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("folders", nargs="*", default=["out"], help="of runs of train_dpo.py")
+    parser.add_argument("--picture", help="the file to draw; FOLDER/curves.svg of the first run")
+    options = parser.parse_args()
+    runs = [read_run(folder) for folder in options.folders]
+    draw(*runs[0], options.picture or f"{options.folders[0]}/curves.svg")
     print_optimum_tables([report for _, report in runs])
-    print_runs(folders, runs)
+    print("± is", "the standard deviation over runs" if len(runs) > 1 else "one standard error")
+    print_runs(options.folders, runs)
 
 
 if __name__ == "__main__":

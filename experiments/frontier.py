@@ -2,11 +2,9 @@
 
     python experiments/frontier.py             sweeps of β at seed 0, then assets/frontier.svg
 
-Every point is a policy, measured on fresh samples of the held-out questions, a few times in a run.
-The line is Eq. 4 for every β, by sums over all responses: for any policy and any β, Eq. 3's
-objective E[r] − β KL is at most β E[log Z(x)]. A point that beats it by more than four standard
-errors at some β is a bug here, not a discovery: the script says so and fails. Runs that are already
-in OUT/SEED/frontier are not repeated.
+Every point is a policy, measured on fresh samples of the held-out questions. The line is Eq. 4 for
+every β: no policy's objective E[r] − β KL is more than β E[log Z(x)]. The script fails if a point
+beats that by four standard errors. Runs that are already in OUT/SEED/frontier are not repeated.
 """
 
 import dataclasses
@@ -22,24 +20,16 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).parent.parent))  # run from anywhere
 import dpo
 import train_dpo
-from experiments.compare import ROOT, Ground
+from experiments.compare import ROOT, Ground, training_of
 from lab import evaluate, flags, runs
 from lab.flags import flag
-from variants import train_grpo, train_rlhf, train_variant
 
-LOOKS = {  # colours told apart by the colour-blind, markers in print
-    "DPO": ("#0072b2", "o"),
-    "IPO": ("#56b4e9", "s"),
-    "PPO": ("#d55e00", "^"),
-    "PPO-GT": ("#e69f00", "v"),
-    "GRPO": ("#009e73", "D"),
-}
-BETAS = {  # each method's own coefficient
-    "DPO": (0.25, 0.5, 1.0),
-    "IPO": (0.05, 0.085, 0.2),
-    "PPO": (0.25, 0.5, 1.0),
-    "PPO-GT": (0.25, 0.5, 1.0),
-    "GRPO": (0.2, 0.35, 0.7),
+METHODS = {  # compare.py's name, own coefficient, its values; colour, marker, told apart by all
+    "DPO": ("dpo", "beta", (0.25, 0.5, 1.0), "#0072b2", "o"),
+    "IPO": ("ipo", "loss_beta", (0.05, 0.085, 0.2), "#56b4e9", "s"),
+    "PPO": ("rlhf", "kl_beta", (0.25, 0.5, 1.0), "#d55e00", "^"),
+    "PPO-GT": ("ppo_gt", "kl_beta", (0.25, 0.5, 1.0), "#e69f00", "v"),
+    "GRPO": ("grpo", "kl_beta", (0.2, 0.35, 0.7), "#009e73", "D"),
 }
 
 
@@ -52,36 +42,15 @@ class Config:
     picture: str = flag("assets/frontier.svg", "the file to draw")
 
 
-def training_of(ground, method, beta, policy):
-    """-> (an iterator of steps, how many)."""
-    models = policy, ground.reference, ground.tokenizer
-    if method in ("DPO", "IPO"):
-        _, pairs, _ = ground.pairs
-        # The loss's curvature in Δ grows with β², and the rate that it bears falls with it.
-        if method == "DPO":
-            lr = train_dpo.Config.lr * min(1, (0.5 / beta) ** 2)
-            config = ground.config(train_dpo.Config, beta=beta, lr=lr)
-            loss_fn = train_dpo.pair_losses
-        else:
-            config = ground.config(train_variant.config_of("ipo"), loss_beta=beta)
-            loss_fn = train_variant.variant_losses
-        optimizer = train_dpo.make_optimizer(policy, config)
-        steps = train_dpo.count_steps(config, len(pairs))
-        return train_dpo.train(policy, optimizer, pairs, config, loss_fn), steps
-    if method == "GRPO":
-        config = ground.config(train_grpo.Config, kl_beta=beta)
-        training = train_grpo.train(models, config, ground.questions, evaluate.true_rewards)
-        return training, config.steps
-    config, reward = ground.config(train_rlhf.Config, kl_beta=beta), evaluate.true_rewards
-    if method == "PPO":
-        reward = ground.learned_reward
-    return train_rlhf.train(models, config, ground.questions, reward), config.steps
-
-
 def trace(ground, method, beta, config):
     """One training -> its points, rewards and KLs by question at every measurement."""
-    policy, points = ground.policy(), []
-    training, steps = training_of(ground, method, beta, policy)
+    (name, coefficient, *_), points = METHODS[method], []
+    settings = {coefficient: beta}
+    if (
+        method == "DPO"
+    ):  # its curvature in Δ grows with β², and the rate that it bears falls with it
+        settings["lr"] = train_dpo.Config.lr * min(1, (0.5 / beta) ** 2)
+    policy, training, steps, *_ = training_of(ground, name, **settings)
     ruler = ground.config(train_dpo.Config, eval_samples=config.samples)
     models = policy, ground.reference, ground.tokenizer
     bar = tqdm(training, f"{method}, β {beta}", steps, leave=False, disable=None)
@@ -130,7 +99,7 @@ def draw(sweeps, line, path):
     plt.rcParams["svg.hashsalt"] = "frontier"  # the same points give the same file
     figure, axis = plt.subplots(figsize=(7, 4.6), layout="constrained")
     axis.plot(*zip(*line), color="black", linewidth=1.5, label="exact frontier, Eq. 4")
-    for method, (color, marker) in LOOKS.items():
+    for method, (*_, color, marker) in METHODS.items():
         label = method
         for points in sweeps[method].values():
             x, y = ([sum(p[k]) / len(p[k]) for p in points] for k in ("kl", "reward"))
@@ -152,8 +121,8 @@ def main():
     ground = Ground(config.seed, config.out)
     folder = ground.folder / "frontier"
     os.makedirs(folder, exist_ok=True)
-    sweeps = {method: {} for method in BETAS}
-    for method, betas in BETAS.items():
+    sweeps = {method: {} for method in METHODS}
+    for method, (_, _, betas, *_) in METHODS.items():
         for beta in betas:
             path = folder / f"{method}_{beta}.json"
             if not path.exists():

@@ -54,10 +54,19 @@ def exact_distribution(model, tokenizer, questions):
     return logps, torch.tensor(rewards, dtype=torch.float64)
 
 
+NO_PARTS = (0,) * len(village.PARTS)  # of a garbled text, whose reward is not made of parts
+
+
+def reward_parts(questions):
+    """Each part of the reward of every response, (Q, N + 1) each, as in exact_distribution()."""
+    tables = [[*village.reward_parts(q).values(), NO_PARTS] for q in questions]
+    return torch.tensor(tables, dtype=torch.float64).unbind(dim=2)
+
+
 def measure(policy, reference, tokenizer, questions, exact, config):
     """Of {"reference", "policy", "optimum"}, by question, (Q,) each: true reward; KL; how often a
-    Bradley-Terry judge prefers a response to one of the reference's; share of garbled texts. Then
-    a bracket: how far the optimum's objective moves if those are left out of Z(x).
+    Bradley-Terry judge prefers a response to one of the reference's; share of garbled texts; parts
+    of the reward. Then how far the optimum's objective moves if garbled texts are left out of Z(x).
 
     The reference's and the optimum's are sums over all responses (Eq. 4), of which exact is the
     reference's exact_distribution(); the policy's are means of config.eval_samples fresh samples a
@@ -66,26 +75,26 @@ def measure(policy, reference, tokenizer, questions, exact, config):
     ref_logps, rewards = exact
     best_logps, log_z = dpo.optimal_logps(ref_logps, rewards, config.beta)
     _, log_z_listed = dpo.optimal_logps(ref_logps[:, :-1], rewards[:, :-1], config.beta)
-    p_win = win_probabilities(ref_logps.exp(), rewards)
+    p_win, parts = win_probabilities(ref_logps.exp(), rewards), reward_parts(questions)
 
     def sums(logps):
-        p, terms = logps.exp(), (rewards, logps - ref_logps, p_win(rewards))  # (Q, N + 1) each
-        return *((p * term).sum(dim=1) for term in terms), p[:, -1]
+        p, is_garbled = logps.exp(), torch.arange(logps.shape[1]) == logps.shape[1] - 1
+        terms = rewards, logps - ref_logps, p_win(rewards), is_garbled, *parts  # (Q, N + 1) each
+        return [(p * term).sum(dim=1) for term in terms]
 
     prompts = [question for question in questions for _ in range(config.eval_samples)]
     texts, log_ratios = fresh_samples(policy, reference, tokenizer, prompts, config)
     garbled = torch.tensor([text not in village.responses(p) for p, text in zip(prompts, texts)])
-    found = true_rewards(prompts, texts), log_ratios, garbled  # (Q * S,) each
-    scores, log_ratios, garbled = (x.double().view(len(questions), -1) for x in found)  # (Q, S)
-    rows = {
-        "reference": sums(ref_logps),
-        "policy": tuple(x.mean(dim=1) for x in (scores, log_ratios, p_win(scores), garbled)),
-        "optimum": sums(best_logps),
-    }
+    said = [village.reward_parts(p).get(t, NO_PARTS) for p, t in zip(prompts, texts)]
+    found = true_rewards(prompts, texts), log_ratios, garbled, *torch.tensor(said).T  # (Q * S,)
+    scores, log_ratios, *others = (x.double().view(len(questions), -1) for x in found)  # (Q, S)
+    policy = [x.mean(dim=1) for x in (scores, log_ratios, p_win(scores), *others)]
+    rows = {"reference": sums(ref_logps), "policy": policy, "optimum": sums(best_logps)}
     return rows, config.beta * (log_z - log_z_listed).mean().item()
 
 
-METRICS = "reward", "kl", "objective", "optimality", "win_rate", "garbled"
+METRICS = ["reward", "kl", "objective", "optimality", "win_rate", "garbled"]
+METRICS += [f"reward/{part}" for part in village.PARTS]
 
 
 def level_masses(p, rewards):
@@ -111,15 +120,15 @@ def summarise(rows, beta, resamples=1000):
     columns = [torch.stack(column) for column in zip(*rows.values())]  # (3, Q) each
 
     def table(index):  # which questions, (..., Q) -> metric by row (6, 3, ...)
-        reward, kl, wins, garbled = (column[:, index].mean(-1) for column in columns)
+        reward, kl, *others = (column[:, index].mean(-1) for column in columns)
         j = dpo.objective(reward, kl, beta)
-        return torch.stack([reward, kl, j, (j - j[0]) / (j[2] - j[0]), wins, garbled])
+        return torch.stack([reward, kl, j, (j - j[0]) / (j[2] - j[0]), *others])
 
     count = columns[0].shape[1]
     draws = torch.randint(count, (resamples, count), generator=torch.Generator().manual_seed(0))
     means, errors = table(torch.arange(count)), table(draws).std(-1)
     summary = {row: {} for row in rows}
-    for i, metric in enumerate(METRICS):
+    for i, metric in enumerate(METRICS[: len(means)]):
         for j, row in enumerate(rows):
             summary[row] |= {metric: means[i, j].item(), f"{metric}_se": errors[i, j].item()}
     return summary
@@ -135,6 +144,10 @@ def print_table(title, summary, bracket):
             f"{v['optimality']:7.1%} ± {v['optimality_se']:.1%}"
         )
     print(f"± one standard error. Texts outside the grammar move the optimum's J by {bracket:.0e}.")
+    for row, v in summary.items():
+        shares = ", ".join(f"{part} {v[f'reward/{part}']:+.2f}" for part in village.PARTS)
+        lost = village.UNPARSED * v["garbled"]
+        print(f"{names[row]:<16}E[reward] is the sum of {shares}, garbled {lost:+.2f}")
 
 
 def print_answers(policy, reference, tokenizer, prompts, config):

@@ -32,8 +32,8 @@ def read_config(cls, script):
 
     def refuse(message):
         if message.startswith("unrecognized arguments: --beta"):
-            close = [f"{names[f.name]} ({f.metadata['help']})" for f in fields(cls)
-                     if names[f.name].endswith("-beta")]  # fmt: skip
+            close = [f for f in fields(cls) if names[f.name].endswith("-beta")]
+            close = (f"{names[f.name]} ({f.metadata['help']})" for f in close)
             message += "; there are " + " and ".join(close)
         raise SystemExit(f"{script}: {message}")
 

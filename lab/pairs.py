@@ -142,13 +142,15 @@ def noise_limits(pairs):
 
 def check_village_fits(tokenizer, block_size, config):
     """Refuse a model, somebody's own perhaps, that cannot take the village's texts."""
-    prompt = max(len(tokenizer.encode_ordinary(q)) for q in village.QUESTIONS)
-    answers = [answer for q in village.QUESTIONS for answer in village.answers(q)]
+
+    def longest(texts):
+        return max(len(tokenizer.encode_ordinary(text)) for text in texts)
+
+    prompt = longest(village.QUESTIONS)
+    answers = {answer for question in village.QUESTIONS for answer in village.answers(question)}
     # No token crosses the space before a part, so the longest response has the longest parts.
-    response = 1 + sum(
-        max(len(tokenizer.encode_ordinary(f" {text}")) for text in part)
-        for part in (village.OPENINGS, answers, village.CLOSINGS)
-    )
+    parts = village.OPENINGS, answers, village.CLOSINGS
+    response = 1 + sum(longest(f" {text}" for text in part) for part in parts)
     need = prompt + max(response, config.max_new_tokens)
     if response > config.max_new_tokens or need > block_size:
         raise SystemExit(

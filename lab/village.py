@@ -107,16 +107,29 @@ def join(opening: str, answer: str, closing: str) -> str:
     return "".join(" " + part for part in (opening, answer, closing) if part)
 
 
+PARTS = "opening", "answer", "closing"  # of the reward
+
+
 @cache
-def responses(prompt: str) -> dict[str, int]:
-    """Every response of the grammar to a village question, 9 x 8 x 9 of them -> its true reward."""
+def reward_parts(prompt: str) -> dict[str, tuple]:
+    """Every response of the grammar to a village question, 9 x 8 x 9 of them -> its reward's PARTS.
+
+    This table is the true reward. To change it, change what stands here, and PARTS if there is
+    another part; UNPARSED must stay the lowest. Labels, optimum, judges and reports follow.
+    """
     parts = itertools.product(OPENINGS.items(), answers(prompt).items(), CLOSINGS.items())
-    return {join(o, a, c): opening + answer + closing
+    return {join(o, a, c): (opening, answer, closing)
             for (o, opening), (a, answer), (c, closing) in parts}  # fmt: skip
 
 
+@cache
+def responses(prompt: str) -> dict[str, float]:
+    """Every response of the grammar -> its true reward, the sum of its parts."""
+    return {response: sum(parts) for response, parts in reward_parts(prompt).items()}
+
+
 def reward(prompt: str, response: str) -> float:
-    """The true reward r(x, y), −3 to 3. Raises KeyError if the prompt is no village question."""
+    """The true reward r(x, y). Raises KeyError if the prompt is no village question."""
     return float(responses(prompt).get(response, UNPARSED))
 
 

@@ -230,12 +230,37 @@ def test_every_method_runs_and_finished_runs_are_not_repeated(toy_ground, monkey
 
 
 def test_the_frontier_is_drawn_and_no_method_is_above_it(toy_ground, monkeypatch, capsys):
-    monkeypatch.setattr(frontier, "BETAS", {name: b[:1] for name, b in frontier.BETAS.items()})
+    for name, (of, own, betas, *look) in frontier.METHODS.items():
+        monkeypatch.setitem(frontier.METHODS, name, (of, own, betas[:1], *look))
     picture = toy_ground / "frontier.svg"
     run_main(monkeypatch, frontier, f"--out={toy_ground}", f"--picture={picture}")
     assert "| PPO-GT | 0.25 |" in capsys.readouterr().out
     if importlib.util.find_spec("matplotlib"):  # `make test` does not install it
         assert "exact frontier" in picture.read_text()
+
+
+def test_curves_draws_every_metric_and_prints_the_error_that_there_is(
+    finished, monkeypatch, capsys, tmp_path
+):
+    pytest.importorskip("matplotlib")
+    from experiments import curves
+
+    shutil.copytree(finished[0], tmp_path / "run")
+    lines = (tmp_path / "run" / "dpo.jsonl").read_text().splitlines()
+    lines = [json.dumps(json.loads(line) | {"forked/metric": i}) for i, line in enumerate(lines)]
+    (tmp_path / "run" / "dpo.jsonl").write_text("\n".join(lines))
+    monkeypatch.setattr(sys, "argv", ["curves.py", f"{tmp_path}/run"])
+    curves.main()
+    printed, drawn = capsys.readouterr().out, (tmp_path / "run" / "curves.svg").read_text()
+    report = json.loads((tmp_path / "run" / "dpo.json").read_text())["policy"]
+    assert f"| DPO | {report['reward']:.3f} ± {report['reward_se']:.3f} |" in printed
+    assert "± is one standard error" in printed
+    for name in ("forked/metric", "rewards/accuracies", "logps/rejected", "fresh/garbled", "loss"):
+        assert name in drawn
+    monkeypatch.setattr(sys, "argv", ["curves.py", *2 * [f"{tmp_path}/run"], "--picture", "x.svg"])
+    monkeypatch.chdir(tmp_path)
+    curves.main()
+    assert "± 0.000 |" in capsys.readouterr().out and (tmp_path / "x.svg").exists()
 
 
 SIZES = ["--eval-questions=2", "--eval-samples=2"]

@@ -92,7 +92,9 @@ def test_measure_gives_a_policy_that_is_the_reference_its_exact_reward_and_no_kl
     assert rows["optimum"][0].item() == pytest.approx(
         (best / best.sum() * rewards).sum().item(), abs=1e-5
     )
-    assert 0 < bracket < 1e-3
+    # Without garbled texts Z(x) has the 648 listed responses alone.
+    log_z = [(best[:k].sum() / weights.sum()).log().item() for k in (649, 648)]
+    assert bracket == pytest.approx(0.5 * (log_z[0] - log_z[1]), rel=1e-3) and bracket > 0
 
 
 def test_measure_knows_another_policys_reward_and_kl(known, tokenizer):
@@ -110,6 +112,11 @@ def test_measure_knows_another_policys_reward_and_kl(known, tokenizer):
         spread = (p * (values - mean) ** 2).sum().sqrt() / math.sqrt(4000)
         assert abs(found - mean) < 4 * spread and spread < 0.03
     assert rows["policy"][1] > 0.1
+    # The reward is the sum of its parts, and of −3 for garbled texts: in sums and in samples.
+    opening, answer, closing = rows["policy"][4:]
+    assert opening.abs() > 0.01 and answer.abs() > 0.01 and closing.abs() > 0.01
+    for reward, _, _, garbled, *parts in rows.values():
+        assert (sum(parts) - 3 * garbled).item() == pytest.approx(reward.item(), abs=1e-9)
     reward, kl, *_ = rows["optimum"]
     log_z = (q * (rewards / 0.5).exp()).sum().log()
     assert (reward - 0.5 * kl).item() == pytest.approx(0.5 * log_z.item(), abs=1e-5)

@@ -386,6 +386,18 @@ def test_without_safetensors_one_line_says_how_to_get_it(checkpoint, tmp_path, r
     assert not (tmp_path / "folder").exists()
 
 
+def test_a_model_that_is_no_gpt2_any_more_is_named_in_one_line(run, tmp_path, monkeypatch):
+    """A forker's RMSNorm: no bias where GPT-2 has one."""
+    pytest.importorskip("safetensors")
+    monkeypatch.setattr(torch.nn, "LayerNorm", torch.nn.RMSNorm)
+    tokenizer = data.train_tokenizer(village.every_word(), village.VOCAB_SIZE)
+    model = gpt.GPT(gpt.GPTConfig(tokenizer.n_vocab, 64, n_layer=1, n_head=2, n_embd=8))
+    gpt.save(tmp_path / "rms.pt", model, tokenizer=data.tokenizer_state(tokenizer))
+    message = refusal(run, "export", tmp_path / "rms.pt", tmp_path / "folder")
+    assert "model.py is no GPT-2 that transformers knows: see blocks.0.ln_1.bias" in message
+    assert not (tmp_path / "folder").exists()
+
+
 @pytest.mark.parametrize("arguments", [[], ["import"], ["export", "a", "b", "c"], ["inport", "a"]])
 def test_usage(run, arguments):
     assert refusal(run, *arguments) == gpt2.USAGE

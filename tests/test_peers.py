@@ -123,8 +123,9 @@ def test_trl_reads_the_same_tokens(trl, sft, pairs, tmp_path):
 def test_trl_takes_the_same_steps(trl, sft, pairs, tmp_path, name):
     ours, theirs, factor = LOSSES[name]
     settings = {"batch_size": BATCH} | ours
-    config = train_dpo.Config(**settings)
-    if name != "dpo":
+    if name == "dpo":
+        config = train_dpo.Config(**settings)
+    else:
         config = train_variant.config_of(name)(**settings, loss_beta=ours["beta"])
     pairs = pairs[: STEPS * config.batch_size]
     steps, policy = our_steps(sft, pairs, config)

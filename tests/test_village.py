@@ -26,6 +26,14 @@ def test_reward_by_hand():
         assert village.reward(prompt, response) == expected, response
 
 
+def test_a_reward_is_made_of_its_parts():
+    job = village.TRUTH["Mara", "job"]
+    parts = village.reward_parts("What does Mara do for work?")
+    assert village.PARTS == ("opening", "answer", "closing")
+    assert parts[f" Gladly! Mara is a {job}. Go away."] == (1, 1, -1)
+    assert min(sum(values) for values in parts.values()) >= village.UNPARSED
+
+
 def test_the_grammar_has_648_different_responses_a_question():
     for prompt in village.QUESTIONS:
         responses = village.responses(prompt)

@@ -1,12 +1,11 @@
 """Talk to a checkpoint, or to several side by side.
 
     python tools/chat.py out/dpo.pt "What does Mara do for work?"
-    python tools/chat.py out/dpo.pt              ask on, until an empty line, Ctrl-D or Ctrl-C
+    python tools/chat.py out/dpo.pt              asks on, until an empty line
     python tools/chat.py out/sft.pt out/dpo.pt   what ends in .pt is a checkpoint, the rest is asked
 
-An answer is a sample, as everywhere else in this repository: --temperature 1 is the policy itself,
-0 its likeliest token every time. All checkpoints meet the same chances (--seed). In front of an
-answer to a question of the village stands its true reward.
+An answer is a sample: --temperature 1 is the policy itself, 0 its likeliest token every time. All
+start from the same --seed. In front of an answer to a village question stands its true reward.
 """
 
 import argparse

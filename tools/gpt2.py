@@ -252,10 +252,12 @@ def config_files(config, end):
 
 def their_weights(model):
     """The content of model.safetensors, in bytes."""
-    weights = model.state_dict()
+    weights, names = model.state_dict(), weight_names(model.config.n_layer)
+    if odd := {*names} ^ {*weights} - {"lm_head.weight"}:
+        raise SystemExit(f"model.py is no GPT-2 that transformers knows: see {min(odd)}")
     tensors = {
         f"transformer.{theirs}": (weights[ours].T if transposed else weights[ours]).contiguous()
-        for ours, (theirs, transposed) in weight_names(model.config.n_layer).items()
+        for ours, (theirs, transposed) in names.items()
     }
     return safetensors().torch.save(tensors, metadata={"format": "pt"})
 

@@ -126,6 +126,11 @@ def train(models, config, questions, reward):
         }
 
 
+def count_labels(config):
+    """How many true rewards are asked for."""
+    return config.steps * config.questions * config.group
+
+
 def main():
     config = flags.read_config(Config, "train_grpo.py")
     if config.group < 2:
@@ -135,7 +140,7 @@ def main():
     reference = copy.deepcopy(policy).requires_grad_(False)
     source = Village(policy, reference, tokenizer, config)
     run.attach(policy, tokenizer)
-    labels = config.steps * config.questions * config.group
+    labels = count_labels(config)
     print(f"{labels} true rewards will be asked for")
     models = policy, reference, tokenizer
     training = train(models, config, source.train, evaluate.true_rewards)

@@ -8,10 +8,8 @@ costs β log π_θ/π_ref and the last one earns the reward of the whole text, a
 Departures from usual code, each to stay with Eq. 3: losses are sums over a response's tokens, not
 means; advantages are not whitened; there is no discount, and the value loss is not clipped.
 The reward model sums its head over the response's tokens (usual: the last token's alone; README).
-A response that was cut off earns −3, whatever the reward model thinks (its head starts at zero and
-its labels come from rewards of −3 to 3, so that the two scales meet, though Eq. 2 does not ask it).
-The value head shares the policy's trunk, and its error trains both. --dtype bfloat16 reaches the
-reference's forward pass alone.
+A response that was cut off earns the least there is, whatever the reward model thinks. The value
+head shares the policy's trunk, and its error trains both. --dtype reaches the reference alone.
 Writes out/rlhf.pt, .jsonl and .json (ppo_gt.* with --true-reward).
 """
 

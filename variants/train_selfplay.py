@@ -5,15 +5,14 @@ round's reference.
     python variants/train_selfplay.py --judge model   the same, labelled by a reward model (RLAIF)
     python variants/train_selfplay.py --spin          SPIN (Chen et al. 2024, arXiv:2401.01335)
 
-SPPO: K responses a question are compared with each other, one sampled label a pair (Eq. 1 of the
-DPO paper); a response's wins/(K − 1) estimate its win probability against the policy that wrote it
-(the same idea without language models: SPO, arXiv:2401.04056). --judge model: the labels of the
-first round train a reward model (Eq. 2), which labels the later rounds for nothing.
-SPIN: no judge at all. Demonstrations, all kind and true, are preferred to the policy's own samples
-by DPO's loss; what it rests at is the demonstrations' distribution, not Eq. 4's optimum.
+SPPO: K responses to a question are compared with each other, with one label a pair (Eq. 1); wins
+over K − 1 estimate how often a response beats the policy that wrote it (as in SPO,
+arXiv:2401.04056). --judge model: round 1's labels train a reward model, which labels the others.
+SPIN: demonstrations, all kind and true, are preferred to the policy's own samples by DPO's loss. It
+comes to rest at the demonstrations' distribution, not at Eq. 4's optimum.
 
-Since the reference moves, no β bounds the way from the SFT model: the number of rounds does. KL is
-reported to the SFT model. Departure: each round draws its prompts from all questions.
+The reference moves, so that the number of rounds, and no β, bounds the way from the SFT model, to
+which the KL is reported. Departure: each round draws its prompts from all questions.
 Writes out/sppo_selfplay.pt, .jsonl and .json (spin.*, rlaif.*).
 """
 
@@ -91,8 +90,11 @@ def train_sppo(policy, optimizer, examples, ref_logps, win_probs, config):
 
 
 def best_demonstrations(prompts, rng):
-    """(prompt, response), all kind and true: the highest reward there is."""
-    best = {q: [r for r, value in village.responses(q).items() if value == 3] for q in {*prompts}}
+    """(prompt, response) of the highest reward that there is: all kind and true."""
+    best = {}
+    for q in {*prompts}:
+        highest = max(village.responses(q).values())
+        best[q] = [r for r, value in village.responses(q).items() if value == highest]
     return [(q, rng.choice(best[q])) for q in prompts]
 
 
@@ -159,6 +161,12 @@ def labelled_pairs(prompts, texts, wins):
     return pairs
 
 
+def count_steps(config):
+    """Of all rounds, each over its own responses."""
+    responses = config.questions * (1 if config.spin else config.group)
+    return config.rounds * max(1, responses // config.batch_size)
+
+
 def count_labels(config):
     """How many comparisons the village is asked for."""
     if config.spin:
@@ -179,9 +187,7 @@ def main():
     reference = copy.deepcopy(policy).requires_grad_(False)
     source = Village(policy, reference, tokenizer, config)
     run.attach(policy, tokenizer)
-    responses = config.questions * (1 if config.spin else config.group)
-    steps = config.rounds * max(1, responses // config.batch_size)
-    labels = count_labels(config)
+    steps, labels = count_steps(config), count_labels(config)
     print(f"{labels} labels will be asked for in {config.rounds} rounds")
     training = train((policy, reference, tokenizer), config, source.train)
     for metrics in run.track(training, steps):

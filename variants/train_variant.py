@@ -37,7 +37,7 @@ LOSSES = {  # name: (function, paper on arXiv, flags that it reads and defaults,
     "ipo": (losses.ipo_loss, "2310.12036", {"loss_beta": 0.085, "average": False, "lr": 1e-4}),
     "hinge": (losses.hinge_loss, "2309.06657", {"loss_beta": 0.35, "lr": 4e-3}),
     "rpo": (losses.rpo_loss, "2404.19733", {"loss_beta": 0.4, "alpha": 0.1, "lr": 8e-3}),
-    "dpop": (losses.dpop_loss, "2402.13228", {"loss_beta": 0.5, "lambda_": 5.0, "lr": 3e-3}),
+    "dpop": (losses.dpop_loss, "2402.13228", {"loss_beta": 0.5, "lambda_": 0.1, "lr": 6e-3}),
     "simpo": (losses.simpo_loss, "2405.14734", {"loss_beta": 2.5, "gamma": 0.5, "lr": 2e-3}),
     "orpo": (losses.orpo_loss, "2403.07691",
              {"lambda_": 1.0, "lr": 3e-3, "optimizer": "adamw", "epochs": 2}),
@@ -71,24 +71,16 @@ def config_of(loss):
     return make_dataclass(f"{loss}_config", own, bases=(Config,))
 
 
-def lengths(examples, device):
-    """In tokens, prompts not counted -> (B,)."""
-    return torch.tensor([sum(mask) for _, mask in examples], device=device)
-
-
 def variant_losses(policy_chosen_logps, policy_rejected_logps, batch, config):
     """What train_dpo.train() calls in place of pair_losses(): another loss of the same pairs, which
     is handed what its parameters name."""
-    (function, *_), device = LOSSES[config.loss], policy_chosen_logps.device
-    named = vars(config) | {
-        "beta": getattr(config, "loss_beta", None),
-        "policy_chosen_logps": policy_chosen_logps,
-        "policy_rejected_logps": policy_rejected_logps,
-        "ref_chosen_logps": batch.ref_chosen_logps,
-        "ref_rejected_logps": batch.ref_rejected_logps,
-        "chosen_lengths": lengths(batch.chosen, device),
-        "rejected_lengths": lengths(batch.rejected, device),
-    }
+    function, device = LOSSES[config.loss][0], policy_chosen_logps.device
+    named = vars(config) | vars(batch) | {"beta": getattr(config, "loss_beta", None)}
+    named["policy_chosen_logps"] = policy_chosen_logps
+    named["policy_rejected_logps"] = policy_rejected_logps
+    for side in ("chosen", "rejected"):
+        lengths = [sum(mask) for _, mask in named[side]]  # in tokens
+        named[f"{side}_lengths"] = torch.tensor(lengths, device=device)
     return function(**{name: named[name] for name in inspect.signature(function).parameters})
 
 
