@@ -37,7 +37,7 @@ def plot(axis, steps, name, color):
 
 
 def draw(steps, report, path):
-    """A panel for each kind of metric, that is, each name before a slash. New ones are drawn too."""
+    """A panel for each kind of metric, its name before the slash. New ones are drawn, too."""
     pairs, best = report["pairs"], report["optimum"]
     limits = {"loss": pairs["best_loss"], "rewards/accuracies": pairs["best_accuracy"]}
     limits |= {f"fresh/{name}": best[name] for name in ("reward", "kl")}

@@ -15,7 +15,7 @@ import model as gpt
 import train_dpo
 from experiments import compare, frontier
 from lab import runs, village
-from responses import response_logps_no_grad
+from responses import response_logps_no_grad, sample_responses
 from variants import (
     kto,
     losses,
@@ -131,6 +131,84 @@ def test_ppos_value_head_learns_the_return_and_leaves_no_advantage(world):
 
     metrics = list(train_rlhf.train(models, config, PROMPTS, two, true_reward=two))
     assert abs(metrics[0]["loss"]) > 2 and abs(metrics[-1]["loss"]) < 0.1
+
+
+# --- What is logged, by hand ---------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("module", [train_grpo, train_rlhf])
+def test_logged_rewards_and_kl_are_those_of_the_samples(world, module):
+    """The same chances drawn again: the first step's texts, what they are worth, and their KL as a
+    mean over responses of sums over tokens, by a policy that is not the reference."""
+    reference, _ = world
+    policy, tokens = copy.deepcopy(reference).requires_grad_(True), Letters()
+    with torch.no_grad():
+        policy.ln_f.weight += 0.5 * torch.randn(32, generator=torch.Generator().manual_seed(5))
+    before = copy.deepcopy(policy)
+    sizes = {"questions": 32, "group": 2} if module is train_grpo else {"samples": 64}
+    config = module.Config(steps=1, minibatches=1, max_new_tokens=2, **sizes)
+    extra = {"true_reward": lambda p, t: 10 * worth(p, t)} if module is train_rlhf else {}
+    (metrics,) = module.train((policy, reference, tokens), config, PROMPTS, worth, **extra)
+    prompts = random.Random(config.seed).choices(PROMPTS, k=32 if module is train_grpo else 64)
+    prompts = [p for p in prompts for _ in range(64 // len(prompts))]
+    examples, texts = sample_responses(before, tokens, prompts, config, "")
+    ratios = [response_logps_no_grad(model, examples) for model in (before, reference)]
+    kl = sum(a - b for a, b in zip(*(x.tolist() for x in ratios))) / 64
+    assert metrics["kl"] == pytest.approx(kl, abs=1e-5) and abs(kl) > 0.05
+    mean = worth(prompts, texts).mean().item()
+    assert metrics["reward"] == pytest.approx(mean, abs=1e-6)
+    assert module is train_grpo or metrics["true_reward"] == pytest.approx(10 * mean, abs=1e-5)
+    assert metrics["lr"] == config.lr  # one step, and no time to warm up
+
+
+def test_ppos_first_loss_and_value_error_by_hand(world):
+    """Policy and reference are one and V is 0: a token that is k before the last one has the
+    advantage and the return λᵏ r, at the ratio 1."""
+    reference, _ = world
+    policy, tokens = copy.deepcopy(reference).requires_grad_(True), Letters()
+    config = train_rlhf.Config(steps=1, minibatches=1, max_new_tokens=2, samples=64, gae_lambda=0.7)
+    models = policy, reference, tokens
+    (metrics,) = train_rlhf.train(models, config, PROMPTS, worth, true_reward=worth)
+    prompts = random.Random(config.seed).choices(PROMPTS, k=64)
+    examples, texts = sample_responses(reference, tokens, prompts, config, "")
+    advantages = [
+        [0.7**k * r for k in range(sum(mask))]
+        for (_, mask), r in zip(examples, worth(prompts, texts).tolist())
+    ]
+    count = sum(map(len, advantages))
+    assert metrics["loss"] == pytest.approx(-sum(map(sum, advantages)) / 64, abs=1e-5)
+    squares = sum(a * a for row in advantages for a in row)
+    assert metrics["value_error"] == pytest.approx(squares / count, rel=1e-4)
+
+
+def test_sppos_metrics_by_hand():
+    """s = 1, ½, −1, −3, and of one that won as often as it lost, 9, which counts for neither."""
+    policy, ref = torch.tensor([-1.0, -2, -3, -4, 1]), torch.tensor([-2.0, -2.5, -2, -1, -8])
+    wins = torch.tensor([1, 2 / 3, 1 / 3, 0, 0.5])
+    metrics = train_selfplay.sppo_metrics(policy, ref, wins)
+    assert {name: value.item() for name, value in metrics.items()} == {
+        "log_ratio/won": pytest.approx(0.75), "log_ratio/lost": pytest.approx(-2),
+    }  # fmt: skip
+
+
+def test_ktos_metrics_by_hand():
+    """z = 1; s − z = 1 and −½ of the two liked ones, −2 of the other; β is the evaluation's, ½."""
+    policy, ref = torch.tensor([-1.0, -2.5, -4]), torch.tensor([-3.0, -3, -3])
+    batch = kto.Thumbs([], [], torch.tensor([True, True, False]), ref, torch.tensor([-5.0, -6]))
+    _, metrics = kto.losses_and_metrics(
+        policy, torch.tensor([-4.0, -5]), batch, train_variant.config_of("kto")(loss_beta=0.3)
+    )
+    assert {name: value.item() for name, value in metrics.items()} == {
+        "rewards/chosen": pytest.approx(0.125),
+        "rewards/rejected": pytest.approx(-1),
+        "rewards/accuracies": pytest.approx(2 / 3),
+        "kto/z_ref": pytest.approx(1),
+        "rewards/margins": pytest.approx(1.125),
+    }
+
+
+def test_grpos_labels_are_all_its_samples():
+    assert train_grpo.count_labels(train_grpo.Config(steps=3, questions=5, group=4)) == 60
 
 
 # --- GRPO and PPO, by hand ----------------------------------------------------------------------
