@@ -44,7 +44,7 @@ def cross_entropy(logps, examples):
     return -logps.sum() / sum(sum(mask) for _, mask in examples)
 
 
-def train(model, optimizer, examples, batches, rates, start=0):
+def train_supervised(model, optimizer, examples, batches, rates, start=0):
     """Next-token prediction; yields the metrics of each step after the first `start`.
 
     batches: for each step the indices of its examples. rates: for each step its learning rate.
@@ -84,7 +84,7 @@ def fit(run, examples, held_out, batch_size, steps, lr):
     """Take one of the two trainings to its end, and measure it on examples that it has not seen."""
     batches = data.batches(len(examples), batch_size, steps, run.config.seed)
     rates = data.learning_rates(lr, steps)
-    training = train(run.model, run.optimizer, examples, batches, rates, run.step)
+    training = train_supervised(run.model, run.optimizer, examples, batches, rates, run.step)
     for metrics in run.track(training, steps):
         run.log(metrics)
     loss = cross_entropy(response_logps_no_grad(run.model, held_out), held_out).item()

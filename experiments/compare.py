@@ -139,7 +139,7 @@ def on_demonstrations(ground, demonstrations, labels=0, seconds=0):
     count = max(1, len(examples) // 64)
     batches = data.batches(len(examples), 64, count, ground.seed)
     optimizer, rates = train_sft.make_optimizer(policy, 0), data.learning_rates(1e-3, count)
-    steps = train_sft.train(policy, optimizer, examples, batches, rates)
+    steps = train_sft.train_supervised(policy, optimizer, examples, batches, rates)
     return policy, steps, count, labels, seconds
 
 
@@ -160,10 +160,10 @@ def training_of(ground, name, **settings):
         judge = {"judge": "model"} if name == "rlaif" else {"spin": name == "spin"}
         config = ground.config(train_selfplay.Config, **judge, **settings)
         steps, labels = train_selfplay.count_steps(config), train_selfplay.count_labels(config)
-        return policy, train_selfplay.train(models, config, questions), steps, labels, 0
+        return policy, train_selfplay.train_rounds(models, config, questions), steps, labels, 0
     if name in ("grpo", "grpo_no_std"):
         config = ground.config(train_grpo.Config, no_std=name == "grpo_no_std", **settings)
-        steps = train_grpo.train(models, config, questions, reward)
+        steps = train_grpo.train_on_groups(models, config, questions, reward)
         return policy, steps, config.steps, train_grpo.count_labels(config), 0
     if name in ("rlhf", "ppo_gt"):
         config = ground.config(train_rlhf.Config, **settings)
@@ -171,7 +171,7 @@ def training_of(ground, name, **settings):
         if name == "rlhf":
             (texts, _, seconds), reward = ground.pairs, ground.learned_reward
             labels = len(texts)
-        steps = train_rlhf.train(models, config, questions, reward)
+        steps = train_rlhf.train_ppo(models, config, questions, reward)
         return policy, steps, config.steps, labels, seconds
     return on_pairs(ground, name, **settings)
 

@@ -94,7 +94,7 @@ def test_a_pretraining_step_goes_down_the_cross_entropy_of_its_rows(setup, token
     gradient = torch.autograd.grad(loss, model.ln_f.weight)[0]
     before = model.ln_f.weight.detach().clone()
     optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
-    (metrics,) = train_sft.train(model, optimizer, rows, [[0, 1, 2, 3]], [0.1])
+    (metrics,) = train_sft.train_supervised(model, optimizer, rows, [[0, 1, 2, 3]], [0.1])
     assert metrics["loss"] == pytest.approx(loss.item(), rel=1e-5)
     step = 0.1 * min(1, 1 / metrics["grad_norm"])  # the norm is cut at 1
     torch.testing.assert_close(model.ln_f.weight, before - step * gradient)

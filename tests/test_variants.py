@@ -78,6 +78,7 @@ def world():
     return reference, best.exp()
 
 
+TRAIN = {train_grpo: train_grpo.train_on_groups, train_rlhf: train_rlhf.train_ppo}
 TOY = {"max_new_tokens": 2, "kl_beta": 0.5, "steps": 150, "minibatches": 1}
 
 
@@ -87,7 +88,7 @@ def fit(world, module, config):
     policy = copy.deepcopy(reference).requires_grad_(True)
     models = policy, reference, Letters()
     extra = {"true_reward": worth} if module is train_rlhf else {}
-    metrics = list(module.train(models, config, PROMPTS, worth, **extra))
+    metrics = list(TRAIN[module](models, config, PROMPTS, worth, **extra))
     p = enumerate_logps(policy).exp()
     return (p - best).abs().sum(1) / 2, p, metrics
 
@@ -129,7 +130,7 @@ def test_ppos_value_head_learns_the_return_and_leaves_no_advantage(world):
     def two(prompts, texts):
         return torch.full((len(texts),), 2.0)
 
-    metrics = list(train_rlhf.train(models, config, PROMPTS, two, true_reward=two))
+    metrics = list(train_rlhf.train_ppo(models, config, PROMPTS, two, true_reward=two))
     assert abs(metrics[0]["loss"]) > 2 and abs(metrics[-1]["loss"]) < 0.1
 
 
@@ -148,7 +149,7 @@ def test_logged_rewards_and_kl_are_those_of_the_samples(world, module):
     sizes = {"questions": 32, "group": 2} if module is train_grpo else {"samples": 64}
     config = module.Config(steps=1, minibatches=1, max_new_tokens=2, **sizes)
     extra = {"true_reward": lambda p, t: 10 * worth(p, t)} if module is train_rlhf else {}
-    (metrics,) = module.train((policy, reference, tokens), config, PROMPTS, worth, **extra)
+    (metrics,) = TRAIN[module]((policy, reference, tokens), config, PROMPTS, worth, **extra)
     prompts = random.Random(config.seed).choices(PROMPTS, k=32 if module is train_grpo else 64)
     prompts = [p for p in prompts for _ in range(64 // len(prompts))]
     examples, texts = sample_responses(before, tokens, prompts, config, "")
@@ -168,7 +169,7 @@ def test_ppos_first_loss_and_value_error_by_hand(world):
     policy, tokens = copy.deepcopy(reference).requires_grad_(True), Letters()
     config = train_rlhf.Config(steps=1, minibatches=1, max_new_tokens=2, samples=64, gae_lambda=0.7)
     models = policy, reference, tokens
-    (metrics,) = train_rlhf.train(models, config, PROMPTS, worth, true_reward=worth)
+    (metrics,) = train_rlhf.train_ppo(models, config, PROMPTS, worth, true_reward=worth)
     prompts = random.Random(config.seed).choices(PROMPTS, k=64)
     examples, texts = sample_responses(reference, tokens, prompts, config, "")
     advantages = [
@@ -368,7 +369,7 @@ def test_the_second_rounds_reference_is_the_first_rounds_policy(tokenizer, monke
         spin=spin, rounds=2, questions=8, group=3, batch_size=4, lr=0.05, spin_lr=0.5
     )
     questions = village.split_questions()[0]
-    steps = list(train_selfplay.train((policy, reference, tokenizer), config, questions))
+    steps = list(train_selfplay.train_rounds((policy, reference, tokenizer), config, questions))
     assert [line["round"] for line in steps] == sorted(line["round"] for line in steps)
     assert seen == [[True, True], [False, True]]
 
@@ -404,7 +405,7 @@ def test_the_village_is_asked_in_every_round_or_only_in_the_first(toy_sft, judge
     reference, tokenizer = runs.load_checkpoint(toy_sft / "sft.pt")
     models = copy.deepcopy(reference), reference, tokenizer
     config = train_selfplay.Config(judge=judge, rounds=3, questions=4, group=3, batch_size=12)
-    list(train_selfplay.train(models, config, village.split_questions()[0], reward))
+    list(train_selfplay.train_rounds(models, config, village.split_questions()[0], reward))
     assert asked == [12] * times
 
 

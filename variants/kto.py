@@ -79,7 +79,7 @@ def losses_and_metrics(policy_logps, policy_mismatched_logps, batch, config):
     return losses, metrics
 
 
-def train(policy, optimizer, thumbs, config, start=0):
+def train_kto(policy, optimizer, thumbs, config, start=0):
     """Yields the metrics of each step after the first `start`."""
     steps = count_steps(config, len(thumbs))
     rates = data.learning_rates(config.lr, steps)

@@ -66,7 +66,7 @@ def train_reward_model(reference, tokenizer, pairs, config):
 
 
 def learned_reward(reward_model, tokenizer):
-    """-> reward(prompts, texts) as train() wants it."""
+    """-> reward(prompts, texts) as train_ppo() and train_rounds() want it."""
 
     def reward(prompts, texts):
         examples = [data.encode(tokenizer, p, text or "") for p, text in zip(prompts, texts)]

@@ -83,7 +83,7 @@ def roll_out(models, prompts, config, generator):
     return texts, ids, mask, dpo.token_logps(reference(ids), ids, mask)
 
 
-def train(models, config, questions, reward):
+def train_on_groups(models, config, questions, reward):
     """Yields each step's metrics: the loss and its gradient's norm are the last minibatch's.
 
     reward(prompts, texts) -> (B,).
@@ -143,7 +143,7 @@ def main():
     labels = count_labels(config)
     print(f"{labels} true rewards will be asked for")
     models = policy, reference, tokenizer
-    training = train(models, config, source.train, evaluate.true_rewards)
+    training = train_on_groups(models, config, source.train, evaluate.true_rewards)
     for metrics in run.track(training, config.steps):
         run.log(metrics, source.probe)
     run.finish(source.report() | {"labels": labels})

@@ -77,7 +77,7 @@ def logps_and_values(policy, value_head, ids, mask):
     return dpo.token_logps(policy.lm_head(hidden), ids, mask), values
 
 
-def train(models, config, questions, reward, true_reward=evaluate.true_rewards):
+def train_ppo(models, config, questions, reward, true_reward=evaluate.true_rewards):
     """Yields each step's metrics: those of the loss are the last minibatch's.
 
     reward(prompts, texts) -> (B,); the true one is only logged.
@@ -157,7 +157,7 @@ def main():
         reward, extra = fit_reward_model(reference, tokenizer, config, run)
     run.attach(policy, tokenizer)
     models = policy, reference, tokenizer
-    training = train(models, config, source.train, reward)
+    training = train_ppo(models, config, source.train, reward)
     for metrics in run.track(training, config.steps):
         run.log(metrics, source.probe)
     run.finish(source.report() | extra)

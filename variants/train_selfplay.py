@@ -105,7 +105,7 @@ def spin_pairs(opponent, tokenizer, prompts, own, rng):
     return train_dpo.Pairs(demonstrations, own, *logps)
 
 
-def train(models, config, questions, reward=evaluate.true_rewards):
+def train_rounds(models, config, questions, reward=evaluate.true_rewards):
     """Yields the metrics of every step of every round. reward(prompts, texts) -> (B,) labels."""
     policy, _, tokenizer = models
     beta, lr = (config.spin_beta, config.spin_lr) if config.spin else (config.loss_beta, config.lr)
@@ -189,7 +189,7 @@ def main():
     run.attach(policy, tokenizer)
     steps, labels = count_steps(config), count_labels(config)
     print(f"{labels} labels will be asked for in {config.rounds} rounds")
-    training = train((policy, reference, tokenizer), config, source.train)
+    training = train_rounds((policy, reference, tokenizer), config, source.train)
     for metrics in run.track(training, steps):
         run.log(metrics, source.probe)
     run.finish(source.report() | {"labels": labels})

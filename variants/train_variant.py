@@ -88,7 +88,7 @@ def steps_of(config):
     """-> what reads the texts, what trains, what measures held-out ones, and what checks the start:
     train_dpo.py's functions with another loss, or for single responses those of kto.py."""
     if config.loss == "kto":
-        return kto.add_reference_logps, kto.train, kto.held_out_metrics, kto.check_start
+        return kto.add_reference_logps, kto.train_kto, kto.held_out_metrics, kto.check_start
     with_a_loss = train_dpo.train, train_dpo.held_out_metrics, train_dpo.check_start
     others = (partial(function, loss_fn=variant_losses) for function in with_a_loss)
     return train_dpo.add_reference_logps, *others
