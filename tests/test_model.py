@@ -73,11 +73,11 @@ def test_no_chance_takes_a_token_without_probability(monkeypatch, number, token)
 
 
 def test_temperature_zero_takes_the_likeliest(model):
-    (reply,) = model.generate([[1, 2]], END, 5, temperature=0)
-    text = [1, 2]
-    for token in reply:
-        assert token == model(torch.tensor([text]))[0, -1].argmax()
-        text.append(token)
+    prompts = [[1, 2], [3, 4, 5], [6]]
+    for text, reply in zip(prompts, model.generate(prompts, END, 5, temperature=0)):
+        for token in reply:
+            assert token == model(torch.tensor([text]))[0, -1].argmax()
+            text = [*text, token]
 
 
 def test_too_long_is_refused_not_cut(model):

@@ -100,6 +100,18 @@ def test_a_pretraining_step_goes_down_the_cross_entropy_of_its_rows(setup, token
     torch.testing.assert_close(model.ln_f.weight, before - step * gradient)
 
 
+def test_weight_decay_pulls_at_the_weights_in_pretraining():
+    """AdamW without a gradient: w (1 − rate × decay)."""
+    model = torch.nn.Linear(1, 1, bias=False)
+    for decay in (0.1, 0):
+        torch.nn.init.ones_(model.weight)
+        optimizer = train_sft.make_optimizer(model, decay)
+        optimizer.param_groups[0]["lr"] = 0.5
+        model.weight.grad = torch.zeros(1, 1)
+        optimizer.step()
+        assert model.weight.item() == pytest.approx(1 - 0.5 * decay)
+
+
 def test_a_policy_that_is_not_the_reference_is_found_before_the_first_step(setup, capsys):
     """ln 2 = 0.6931 by hand; and a policy that has another opinion of one token."""
     reference, pairs, config = setup
