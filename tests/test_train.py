@@ -100,6 +100,21 @@ def test_a_pretraining_step_goes_down_the_cross_entropy_of_its_rows(setup, token
     torch.testing.assert_close(model.ln_f.weight, before - step * gradient)
 
 
+@pytest.mark.parametrize(
+    "optimizer, path",
+    [("sgd", [0.9, 0.71]), ("adamw", [0.9, 0.8])],  # 1 − 0.1, then − 0.1 (0.9 + 1); − lr each
+)
+def test_dpos_optimizers_by_hand(optimizer, path):
+    """A gradient of 1 at a rate of 0.1, momentum 0.9, and no weight decay."""
+    model = torch.nn.Linear(1, 1, bias=False)
+    torch.nn.init.ones_(model.weight)
+    made = train_dpo.make_optimizer(model, train_dpo.Config(optimizer=optimizer, lr=0.1))
+    for weight in path:
+        model.weight.grad = torch.ones(1, 1)
+        made.step()
+        assert model.weight.item() == pytest.approx(weight, abs=1e-6)
+
+
 def test_weight_decay_pulls_at_the_weights_in_pretraining():
     """AdamW without a gradient: w (1 − rate × decay)."""
     model = torch.nn.Linear(1, 1, bias=False)

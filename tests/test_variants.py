@@ -193,18 +193,19 @@ def test_sppos_metrics_by_hand():
 
 
 def test_ktos_metrics_by_hand():
-    """z = 1; s − z = 1 and −½ of the two liked ones, −2 of the other; β is the evaluation's, ½."""
-    policy, ref = torch.tensor([-1.0, -2.5, -4]), torch.tensor([-3.0, -3, -3])
-    batch = kto.Thumbs([], [], torch.tensor([True, True, False]), ref, torch.tensor([-5.0, -6]))
+    """z = 1; s − z = 1 and ½ of the liked ones, −2 and 0.4 of the others; β is the evaluation's."""
+    policy, ref = torch.tensor([-1.0, -1.5, -4, -1.6]), torch.tensor([-3.0, -3, -3, -3])
+    liked = torch.tensor([True, True, False, False])
+    batch = kto.Thumbs([], [], liked, ref, torch.tensor([-5.0, -6]))
     _, metrics = kto.losses_and_metrics(
         policy, torch.tensor([-4.0, -5]), batch, train_variant.config_of("kto")(loss_beta=0.3)
     )
     assert {name: value.item() for name, value in metrics.items()} == {
-        "rewards/chosen": pytest.approx(0.125),
-        "rewards/rejected": pytest.approx(-1),
-        "rewards/accuracies": pytest.approx(2 / 3),
+        "rewards/chosen": pytest.approx(0.375),
+        "rewards/rejected": pytest.approx(-0.4),
+        "rewards/accuracies": pytest.approx(0.75),
         "kto/z_ref": pytest.approx(1),
-        "rewards/margins": pytest.approx(1.125),
+        "rewards/margins": pytest.approx(0.775),
     }
 
 
@@ -456,8 +457,11 @@ def test_every_loss_starts_as_it_must_and_falls_on_the_pairs_that_it_is_shown(to
     dataset = add_reference_logps(reference, tokenizer, texts)
     check_start(policy, dataset, config)
     before = held_out_metrics(policy, dataset, config)["held-out/loss"]
-    optimizer = torch.optim.AdamW(policy.parameters(), weight_decay=0)
+    optimizer, rates = torch.optim.AdamW(policy.parameters(), weight_decay=0), []
+    optimizer.register_step_pre_hook(lambda *_: rates.append(optimizer.param_groups[0]["lr"]))
     metrics = list(train(policy, optimizer, dataset, config))
+    assert rates == [line["lr"] for line in metrics] == data.learning_rates(1e-3, 10)
+    assert all(line["grad_norm"] > 0 for line in metrics)
     after = held_out_metrics(policy, dataset, config)["held-out/loss"]
     assert len(metrics) == 10 and metrics[0]["loss"] == pytest.approx(before, abs=1e-3)
     assert after < before - 1e-3
@@ -468,12 +472,14 @@ def test_every_loss_starts_as_it_must_and_falls_on_the_pairs_that_it_is_shown(to
 
 
 def test_a_variants_metrics_are_in_units_of_the_evaluations_beta():
-    """s = 2.6, 2.6 of the chosen, 1.3, 3.9 of the rejected, in nats; β = 0.5, the loss's is 0.4."""
-    policy = torch.tensor([-3.0, -5]), torch.tensor([-4.0, -6])
-    batch = train_dpo.Pairs([], [], torch.tensor([-5.6, -7.6]), torch.tensor([-5.3, -9.9]))
+    """s = 2.6, 2.6, 0 of the chosen, 1.3, 3.9, 0 of the rejected; β = 0.5, the loss's is 0.4. A
+    margin of 0 is not right."""
+    policy = torch.tensor([-3.0, -5, -4]), torch.tensor([-4.0, -6, -5])
+    ref = torch.tensor([-5.6, -7.6, -4]), torch.tensor([-5.3, -9.9, -5])
+    batch = train_dpo.Pairs([], [], *ref)
     config = train_variant.config_of("ipo")(loss_beta=0.4)
     metrics = train_dpo.pair_metrics(*policy, batch, config)
-    expected = {"chosen": 1.3, "rejected": 1.3, "margins": 0, "accuracies": 0.5}
+    expected = {"chosen": 2.6 / 3, "rejected": 2.6 / 3, "margins": 0, "accuracies": 1 / 3}
     assert metrics == {
         **{f"rewards/{name}": pytest.approx(value, abs=1e-6) for name, value in expected.items()},
         "logps/chosen": -4,
