@@ -86,7 +86,7 @@ def pair_losses(policy_chosen_logps, policy_rejected_logps, batch, config):
 
 
 def pair_metrics(policy_chosen_logps, policy_rejected_logps, batch, config):
-    """What is logged of a batch. A new metric is one more line here.
+    """What is logged of a batch. A new metric is a line here: a mean over pairs, for --grad-accum.
 
     The rewards are computed here, and not by the loss, so that they mean the same for every loss.
     The accuracy of the first step says nothing: policy and reference are still one, so that every

@@ -21,7 +21,7 @@ from lab import evaluate, runs, village
 def split_gap(logps, best_logps, rewards):
     """KL(π‖π*) -> (between reward levels, within them), means over questions, in nats."""
     levels = rewards.clone()
-    levels[:, -1] = -4  # texts outside the grammar are a level of their own
+    levels[:, -1] = village.UNPARSED - 1  # texts outside the grammar are a level of their own
     p, best = logps.exp(), best_logps.exp()
     between = 0
     for level in levels.unique():
@@ -40,7 +40,8 @@ def main():
         ref_logps, rewards = evaluate.exact_distribution(reference, tokenizer, questions)
         logps, _ = evaluate.exact_distribution(policy, tokenizer, questions)
         best_logps, log_z = dpo.optimal_logps(ref_logps, rewards, beta)
-        print(f"| {folder} | garbled | {' | '.join(village.PARTS)} |\n" + "|---" * 5 + "|")
+        head = [folder, "garbled", *village.PARTS]
+        print(f"| {' | '.join(head)} |\n" + "|---" * len(head) + "|")
         for name, row in (("reference", ref_logps), ("DPO", logps), ("optimum", best_logps)):
             p, parts = row.exp(), evaluate.reward_parts(questions)
             cells = " | ".join(f"{(p * part).sum(1).mean():.3f}" for part in parts)

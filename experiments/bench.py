@@ -6,14 +6,11 @@
     python experiments/bench.py --gpt2      the memory of GPT-2 124M at 512 tokens; needs 5 GB
 
 Each figure has a process, and so a peak memory, of its own. Seconds are those from texts to the
-trained policy: tokens, the reference's pass, the loop. Since a machine's speed drifts, ours and
-theirs run in turn, three times; shown are medians and the range of ratios, of --growth the fastest.
-
-Model FLOPs of a response of T tokens, S of them scored, in L layers of width C, vocabulary V:
-    L (24 C² T + 2 C T²) + 2 C V S
-forward (matrix products only; attention is causal, so half of T² counts), three times that with
-the backward pass. The peak is what torch reaches at products of two 1024 x 1024 matrices. The model
-is random and ends no response before its 24th token.
+trained policy. Ours and theirs run in turn, three times: medians, and of --growth the fastest.
+FLOPs of a response of T tokens, S of them scored, in L layers of width C, vocabulary V, forward:
+    L (24 C² T + 2 C T²) + 2 C V S    (matrix products; attention is causal, so T²/2 count)
+and twice that backward. The peak is that of products of two 1024 x 1024 matrices. The model is
+random and ends no response before its 24th token.
 """
 
 import copy

@@ -1,12 +1,10 @@
 """Every method on one ground: the same SFT model, pairs, questions and ruler, seed by seed.
 
-    python experiments/compare.py                      all that is missing, then the tables
-    python experiments/compare.py --seeds 1            one seed (two at a time use two cores well)
-    python experiments/compare.py --only dpo,ipo       some methods
+    python experiments/compare.py                            all that is missing, then the tables
+    python experiments/compare.py --seeds 1 --only dpo,ipo   one seed, some methods
 
-Each run leaves OUT/SEED/METHOD.json and is not repeated while that file is there. The tables are
-Markdown, for the README. Seconds are those of the fastest seed, from the SFT model on: sampling,
-labels and the reference's pass, for each method on pairs, and training.
+Each run leaves OUT/SEED/METHOD.json and is not repeated while that file is there. Seconds are those
+of the fastest seed, from the SFT model on: sampling, labels, the reference's pass, training.
 """
 
 import copy
@@ -256,7 +254,7 @@ def main():
     seeds = [int(seed) for seed in config.seeds.split(",")]
     names = config.only.split(",") if config.only else [*METHODS]
     if unknown := {*names} - {*METHODS}:
-        raise SystemExit(f"--only: unknown methods {', '.join(unknown)}")
+        raise SystemExit(f"--only: no {', '.join(unknown)} among {', '.join(METHODS)}")
     for seed in seeds:
         jobs = {name: (name, {}) for name in names}
         if config.noise:

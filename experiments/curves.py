@@ -15,13 +15,13 @@ matplotlib.rcParams["svg.hashsalt"] = "curves"  # the same run gives the same fi
 COLORS = "#0072b2", "#d55e00", "#009e73", "#e69f00", "#56b4e9", "#cc79a7", "#000000"
 
 
-def read_run(folder):
+def read_run(folder, name):
     """-> (metrics of every step, the report)."""
     try:
-        lines = (Path(folder) / "dpo.jsonl").read_text().splitlines()
-        report = json.loads((Path(folder) / "dpo.json").read_text())
+        lines = (Path(folder) / f"{name}.jsonl").read_text().splitlines()
+        report = json.loads((Path(folder) / f"{name}.json").read_text())
     except FileNotFoundError as error:
-        raise SystemExit(f"there is no {error.filename}: run train_dpo.py --out {folder} first")
+        raise SystemExit(f"there is no {error.filename}: no training has come to its end there")
     if "optimum" not in report:
         raise SystemExit(f"{folder} is a run on somebody's own pairs: there is no true reward")
     return [json.loads(line) for line in lines], report
@@ -39,7 +39,8 @@ def plot(axis, steps, name, color):
 def draw(steps, report, path):
     """A panel for each kind of metric, its name before the slash. New ones are drawn, too."""
     pairs, best = report["pairs"], report["optimum"]
-    limits = {"loss": pairs["best_loss"], "rewards/accuracies": pairs["best_accuracy"]}
+    limits = {"rewards/accuracies": pairs["best_accuracy"]}
+    limits |= {"loss": pairs["best_loss"]} if "loss_beta" not in report["config"] else {}
     limits |= {f"fresh/{name}": best[name] for name in ("reward", "kl")}
     start = {f"fresh/{name}": report["reference"][name] for name in ("reward", "kl", "garbled")}
     steps = [{"step": 0} | start, *steps]
@@ -75,7 +76,7 @@ def print_optimum_tables(reports):
     """The runs' means, as Markdown."""
     never = [report["never_asked"] for report in reports]
     parts = {"held-out questions": reports, "facts never asked": never}
-    rows = {"reference": "reference", "policy": "DPO", "optimum": "optimum, Eq. 4"}
+    rows = {"reference": "reference", "policy": "policy", "optimum": "optimum, Eq. 4"}
     styles = {"reward": ".3f", "kl": ".3f", "objective": ".3f", "optimality": ".1%"}
     for title, part in parts.items():
         print(f"\n| {title} | E[reward] | KL(π‖π_ref) | J = E[r] − βKL | optimality |")
@@ -104,10 +105,11 @@ def print_runs(folders, runs):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("folders", nargs="*", default=["out"], help="of runs of train_dpo.py")
+    parser.add_argument("folders", nargs="*", default=["out"], help="of finished runs")
+    parser.add_argument("--name", default="dpo", help="of the training: dpo, ipo, ...")
     parser.add_argument("--picture", help="the file to draw; FOLDER/curves.svg of the first run")
     options = parser.parse_args()
-    runs = [read_run(folder) for folder in options.folders]
+    runs = [read_run(folder, options.name) for folder in options.folders]
     draw(*runs[0], options.picture or f"{options.folders[0]}/curves.svg")
     print_optimum_tables([report for _, report in runs])
     print("± is", "the standard deviation over runs" if len(runs) > 1 else "one standard error")

@@ -2,9 +2,8 @@
 
     python experiments/frontier.py             sweeps of β at seed 0, then assets/frontier.svg
 
-Every point is a policy, measured on fresh samples of the held-out questions. The line is Eq. 4 for
-every β: no policy's objective E[r] − β KL is more than β E[log Z(x)]. The script fails if a point
-beats that by four standard errors. Runs that are already in OUT/SEED/frontier are not repeated.
+Every point is a policy on fresh samples. The line is Eq. 4 for every β: no objective E[r] − β KL is
+more than β E[log Z(x)], and a point that beats it by four standard errors ends the script.
 """
 
 import dataclasses

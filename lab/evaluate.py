@@ -159,7 +159,7 @@ def print_answers(policy, reference, tokenizer, prompts, config):
     for prompt, *answers in zip(prompts, *texts):
         print(f"  {prompt}")
         for label, text in zip(("before", "after "), answers):
-            score = f"{true_rewards([prompt], [text]).item():+.0f}" if true else ""
+            score = f"{true_rewards([prompt], [text]).item():+g}" if true else ""
             print(f"    {label} {score} {'(cut off)' if text is None else text}")
 
 

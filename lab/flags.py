@@ -58,7 +58,8 @@ def read_config(cls, script):
         in_range = f.type not in (int, float) or 0 < value < limits["below"]
         if not in_range and not (limits["zero"] and value == 0):
             below = f" and below {limits['below']}" if limits["below"] < math.inf else ""
-            refuse(f"{names[f.name]} must be positive{below}, not {value}")
+            least = "0 or more" if limits["zero"] else "positive"
+            refuse(f"{names[f.name]} must be {least}{below}, not {value}")
     return config
 
 

@@ -114,8 +114,8 @@ PARTS = "opening", "answer", "closing"  # of the reward
 def reward_parts(prompt: str) -> dict[str, tuple]:
     """Every response of the grammar to a village question, 9 x 8 x 9 of them -> its reward's PARTS.
 
-    This table is the true reward. To change it, change what stands here, and PARTS if there is
-    another part; UNPARSED must stay the lowest. Labels, optimum, judges and reports follow.
+    This table is the true reward. To change it, change what stands here, name a new part in PARTS,
+    and keep UNPARSED the lowest. Labels, optimum, self-play and reports follow.
     """
     parts = itertools.product(OPENINGS.items(), answers(prompt).items(), CLOSINGS.items())
     return {join(o, a, c): (opening, answer, closing)
@@ -125,12 +125,17 @@ def reward_parts(prompt: str) -> dict[str, tuple]:
 @cache
 def responses(prompt: str) -> dict[str, float]:
     """Every response of the grammar -> its true reward, the sum of its parts."""
-    return {response: sum(parts) for response, parts in reward_parts(prompt).items()}
+    return {response: round(sum(parts), 9) for response, parts in reward_parts(prompt).items()}
 
 
 def reward(prompt: str, response: str) -> float:
     """The true reward r(x, y). Raises KeyError if the prompt is no village question."""
     return float(responses(prompt).get(response, UNPARSED))
+
+
+_parts = reward_parts(next(iter(QUESTIONS))).values()
+assert {len(parts) for parts in _parts} == {len(PARTS)}, "PARTS must name the parts"
+assert min(sum(parts) for parts in _parts) >= UNPARSED, "a reward is lower than UNPARSED"
 
 
 def stories(count: int, seed: int) -> list[str]:
@@ -180,7 +185,7 @@ def main():
     for prompt in held_out[:3]:
         print(f"\n{prompt}\n  reward")
         for response in random.Random(0).sample([*responses(prompt)], 5) + [" Good!"]:
-            print(f"  {reward(prompt, response):+.0f}    {response}")
+            print(f"  {reward(prompt, response):+g}    {response}")
 
 
 if __name__ == "__main__":

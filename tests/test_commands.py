@@ -63,7 +63,7 @@ def test_the_answers_before_are_the_references_and_those_after_the_policys(finis
         _, texts = responses.sample_responses(model, tokenizer, prompts, config, "")
         for prompt, text in zip(prompts, texts):
             score = -3 if text is None else village.reward(prompt, text)
-            assert f"    {label} {score:+.0f} {text or '(cut off)'}" in run.stdout
+            assert f"    {label} {score:+g} {text or '(cut off)'}" in run.stdout
 
 
 def test_the_same_seed_gives_the_same_metrics_and_another_seed_others(
@@ -112,8 +112,8 @@ def test_the_pipeline_on_somebodys_own_text_and_pairs(monkeypatch, capsys, tmp_p
         (["--beta=nan"], "--beta must be positive, not nan"),
         (["--lr=inf"], "--lr must be positive"),
         (["--batch-size=0"], "--batch-size must be positive, not 0"),
-        (["--seed=100000000000000000000"], "--seed must be positive and below"),
-        (["--momentum=1"], "--momentum must be positive and below 1, not 1.0"),
+        (["--seed=100000000000000000000"], "--seed must be 0 or more and below"),
+        (["--momentum=1"], "--momentum must be 0 or more and below 1, not 1.0"),
         (["--epochs=0"], "--epochs must be positive"),
         (["--optimizer=adam"], "--optimizer must be one of sgd, adamw, not adam"),
         (["--dtype=int8"], "--dtype must be one of float32, bfloat16, not int8"),
@@ -253,7 +253,7 @@ def test_curves_draws_every_metric_and_prints_the_error_that_there_is(
     curves.main()
     printed, drawn = capsys.readouterr().out, (tmp_path / "run" / "curves.svg").read_text()
     report = json.loads((tmp_path / "run" / "dpo.json").read_text())["policy"]
-    assert f"| DPO | {report['reward']:.3f} ± {report['reward_se']:.3f} |" in printed
+    assert f"| policy | {report['reward']:.3f} ± {report['reward_se']:.3f} |" in printed
     assert "± is one standard error" in printed
     for name in ("forked/metric", "rewards/accuracies", "logps/rejected", "fresh/garbled", "loss"):
         assert name in drawn
@@ -307,8 +307,8 @@ def test_kto_learns_from_somebodys_thumbs(toy_sft, monkeypatch, tmp_path):
     [
         (["--loss=dop"], "--loss must be one of cdpo, robust, ipo"),
         (["--loss=dpo"], "--loss dpo is train_dpo.py"),
-        (["--loss=rpo", "--alpha=-1"], "--alpha must be positive"),
-        (["--loss=cdpo", "--label-smoothing=0.5"], "must be positive and below 0.5"),
+        (["--loss=rpo", "--alpha=-1"], "--alpha must be 0 or more"),
+        (["--loss=cdpo", "--label-smoothing=0.5"], "must be 0 or more and below 0.5"),
         (["--loss=ipo", "--label-smoothing=0.3"], "ipo: unrecognized .* --label-smoothing=0.3"),
         (["--loss=orpo", "--loss-beta=0.3"], "orpo: unrecognized arguments: --loss-beta=0.3"),
         (["--loss=ipo", "--beta=0.01"], "--eval-beta .β of Eq. 3.* and --loss-beta .the loss's"),

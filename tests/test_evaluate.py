@@ -113,8 +113,7 @@ def test_measure_knows_another_policys_reward_and_kl(known, tokenizer):
         assert abs(found - mean) < 4 * spread and spread < 0.03
     assert rows["policy"][1] > 0.1
     # The reward is the sum of its parts, and of −3 for garbled texts: in sums and in samples.
-    opening, answer, closing = rows["policy"][4:]
-    assert opening.abs() > 0.01 and answer.abs() > 0.01 and closing.abs() > 0.01
+    assert all(part.abs() > 0.01 for part in rows["policy"][4:])
     for reward, _, _, garbled, *parts in rows.values():
         assert (sum(parts) - 3 * garbled).item() == pytest.approx(reward.item(), abs=1e-9)
     reward, kl, *_ = rows["optimum"]

@@ -1,6 +1,8 @@
 """The losses of variants/losses.py against scalar loops in plain Python, hand-worked numbers and
-derivatives worked out on paper. Each oracle below sees one pair and returns three floats:
-the loss, its derivative by log π_θ(y_w) and its derivative by log π_θ(y_l)."""
+derivatives worked out on paper. Each oracle below returns three floats: the loss of one pair p, its
+derivative by log π_θ(y_w) and its derivative by log π_θ(y_l). Of p it may read s_w and s_l, the
+log-ratios to the reference; delta, their difference; n_w and n_l, the lengths in tokens; bar_w and
+bar_l, the mean log π_θ of a token, so that log π_θ(y_w) is p.n_w * p.bar_w."""
 
 import itertools
 import math
@@ -128,6 +130,7 @@ CASES = {
     "sppo": (sppo_pair, sppo, (0.9,), False, 2 * 0.8**2, 2 * 1.8**2),
     "sppo of pairs": (losses.sppo_pair_loss, sppo_mean, (), False, 1, 4),
 }
+WITHOUT_REFERENCE = losses.simpo_loss, losses.orpo_loss
 each_loss = pytest.mark.parametrize("case", CASES.values(), ids=CASES)
 
 
@@ -183,11 +186,11 @@ def test_float32_is_right_at_margins_of_ten_thousand_nats(case):
 
 
 @each_loss
-def test_only_simpo_and_orpo_do_without_the_reference(case):
+def test_only_losses_without_a_reference_do_not_see_it(case):
     logps, lengths = pairs()
     other = torch.cat([logps[:2], logps[2:] + torch.tensor([[1.0], [-2.0]])])
     same = torch.equal(call(case, logps, lengths, 0.5), call(case, other, lengths, 0.5))
-    assert same == (case[0] in (losses.simpo_loss, losses.orpo_loss))
+    assert same == (case[0] in WITHOUT_REFERENCE)
 
 
 def test_no_loss_of_the_command_line_is_without_a_case():

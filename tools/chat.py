@@ -59,7 +59,7 @@ def answer(model, tokenizer, generator, question, flags):
     if question not in village.QUESTIONS:
         return line
     score = village.UNPARSED if cut_off else village.reward(question, text)
-    return f"{score:+.0f}  {line}"
+    return f"{score:+g}  {line}"
 
 
 def speak(speakers, question, flags):

@@ -4,8 +4,7 @@ to a question are ranked against each other: advantage = (reward − group mean)
     python variants/train_grpo.py             the published loss, Eq. 3
     python variants/train_grpo.py --no-std    the plain policy gradient of the DPO paper's Eq. 3
 
-Departures: the reward is the village's own; the std is the sample's (n − 1), plus 1e-4 against 0/0;
-the samples of a step are used once, in a few minibatches; AdamW at a rate that decays to zero.
+Departures: the reward is the village's own; the std is the sample's, plus 1e-4 against 0/0.
 
 Where the published loss comes to rest is not Eq. 4's optimum, for three reasons.
   std      dividing r by the question's std σ(x) makes β σ(x) of β: a question on which all samples

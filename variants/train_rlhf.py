@@ -5,11 +5,10 @@
 
 PPO is Schulman et al. 2017, arXiv:1707.06347, with advantages by GAE, arXiv:1506.02438. Every token
 costs β log π_θ/π_ref and the last one earns the reward of the whole text, as in arXiv:1909.08593.
-Departures from usual code, each to stay with Eq. 3: losses are sums over a response's tokens, not
-means; advantages are not whitened; there is no discount, and the value loss is not clipped.
-The reward model sums its head over the response's tokens (usual: the last token's alone; README).
-A response that was cut off earns the least there is, whatever the reward model thinks. The value
-head shares the policy's trunk, and its error trains both. --dtype reaches the reference alone.
+Departures from usual code, to stay with Eq. 3: losses are sums over a response's tokens, advantages
+are not whitened, there is no discount, and the value loss is not clipped. The reward model sums its
+head over the response's tokens (README). A response that was cut off earns the least there is. The
+value head shares the policy's trunk, and trains it too. --dtype reaches the reference alone.
 Writes out/rlhf.pt, .jsonl and .json (ppo_gt.* with --true-reward).
 """
 

@@ -90,12 +90,10 @@ def train_sppo(policy, optimizer, examples, ref_logps, win_probs, config):
 
 
 def best_demonstrations(prompts, rng):
-    """(prompt, response) of the highest reward that there is: all kind and true."""
-    best = {}
-    for q in {*prompts}:
-        highest = max(village.responses(q).values())
-        best[q] = [r for r, value in village.responses(q).items() if value == highest]
-    return [(q, rng.choice(best[q])) for q in prompts]
+    """(prompt, response) texts of the highest reward that there is."""
+    best = {q: max(village.responses(q).values()) for q in {*prompts}}
+    table = {q: [r for r, value in village.responses(q).items() if value == best[q]] for q in best}
+    return [(q, rng.choice(table[q])) for q in prompts]
 
 
 def spin_pairs(opponent, tokenizer, prompts, own, rng):

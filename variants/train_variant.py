@@ -26,9 +26,9 @@ from lab.pairs import OwnData, Village
 from variants import kto, losses
 
 # A new loss takes three places:
-#   1. losses.py: its function. Its parameters may be the four log-probabilities of dpo_loss, beta,
-#      chosen_lengths and rejected_lengths in tokens, and numbers of its own, which become flags.
-#   2. Here: a row. A number of its own needs a line of HELP, too.
+#   1. losses.py: its function, with the five parameters of dpo_loss, used or not; then numbers of
+#      its own, which become flags; then, after a *, chosen_lengths and rejected_lengths in tokens.
+#   2. Here: a row with its own numbers, and loss_beta if it reads beta; HELP for a new number.
 #   3. tests/test_losses.py: its oracle in plain floats and a row of CASES, or a test is red.
 LOSSES = {  # name: (function, paper on arXiv, flags that it reads and defaults, found on seed 0)
     "cdpo": (losses.cdpo_loss, "Mitchell", {"loss_beta": 0.3, "label_smoothing": 0.1, "lr": 1e-2}),
@@ -62,12 +62,13 @@ class Config(train_dpo.Config):
 
 def config_of(loss):
     """The flags of a loss: train_dpo.py's, with its own defaults, and those that it alone reads."""
-    common, own = {f.name: f.metadata for f in fields(Config)}, []
+    common, own = {f.name: f for f in fields(Config)}, []
     for name, default in {"loss": loss, **LOSSES[loss][2]}.items():
-        below = 0.5 if name == "label_smoothing" else math.inf
-        alone = flag(default, HELP.get(name), zero=name != "loss_beta", below=below)
-        metadata = common.get(name, alone.metadata)
-        own.append((name, type(default), field(default=default, metadata=metadata)))
+        below, zero = 0.5 if name == "label_smoothing" else math.inf, name != "loss_beta"
+        alone = flag(default, HELP.get(name, ""), zero=zero, below=below)
+        alone.type = bool if default is False else float
+        like = common.get(name, alone)
+        own.append((name, like.type, field(default=default, metadata=like.metadata)))
     return make_dataclass(f"{loss}_config", own, bases=(Config,))
 
 
@@ -96,8 +97,8 @@ def steps_of(config):
 
 def read_flags():
     """The flags of the loss that --loss names, with its defaults. Those of others are refused."""
-    parser = argparse.ArgumentParser(add_help=False)
-    parser.add_argument("--loss", default=Config.loss)
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--loss", nargs="?", default=Config.loss)
     name = parser.parse_known_args()[0].loss
     if name not in LOSSES:
         hint = " (--loss dpo is train_dpo.py)" if name == "dpo" else ""
