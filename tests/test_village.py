@@ -47,6 +47,16 @@ def test_questions_are_split_without_a_leak():
     assert not {prompt for prompt, _ in village.demonstrations(train, 500, 0)} - {*train}
 
 
+def test_texts_to_train_on_are_of_this_seed_and_those_to_test_on_of_the_next():
+    """700 tokens are 20 stories of 35, and 200 more to be safe."""
+    (corpus, unseen), (demos, unseen_demos) = village.training_texts(700, 30, seed=3)
+    train, held_out, never = village.split_questions()
+    assert corpus == village.stories(220, 3) and unseen == village.stories(500, 4)
+    assert demos == village.demonstrations(train, 30, 3)
+    assert unseen_demos == village.demonstrations(held_out, 1000, 4)
+    assert (len(train), len(held_out), len(never)) == (360, 120, 48)
+
+
 def test_demonstrations_are_wrong_one_time_in_five():
     train, *_ = village.split_questions()
     demos = village.demonstrations(train, 4000, seed=0)
