@@ -56,7 +56,7 @@ def draw(steps, report, path):
             # At step 1 policy and reference are still one: its accuracy is rounding noise.
             plot(axis, steps[2:] if name == "rewards/accuracies" else steps, name, color)
             if name in limits:
-                axis.axhline(limits[name], color=color, linestyle=":", label="optimum")
+                axis.axhline(limits[name], color=color, linestyle=":")  # of the optimum
         axis.set(title=kind, xlabel="step")
         axis.margins(y=0.3)
         axis.legend(frameon=False, fontsize=8)
