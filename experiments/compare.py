@@ -224,8 +224,7 @@ def print_table(folder, seeds, names):
     head = "method stages models labels seconds E[r] KL garbled wins optimality seeds".split()
     print(f"\n| {' | '.join(head)} |\n" + "|---" * 11 + "|")
     for name in names:
-        found = read(folder, seeds, name)
-        if not found:
+        if not (found := read(folder, seeds, name)):
             continue
         title, stages, models = METHODS[name]
         columns = {key: [run[key] for run in found] for key in found[0]}
@@ -267,7 +266,10 @@ def main():
         ground = Ground(seed, config.out) if missing else None
         for job in tqdm(missing, f"seed {seed}", leave=False, disable=None):
             name, settings = jobs[job]
-            result = run(ground, name, **settings)
+            try:
+                result = run(ground, name, **settings)
+            except FloatingPointError as error:
+                raise FloatingPointError(f"{job}, seed {seed}: {error}")
             runs.write_json(folder / f"{job}.json", result)
             print(f"{job}: optimality {result['optimality']:.1%} ± {result['optimality_se']:.1%}")
     print_table(config.out, seeds, names)

@@ -26,7 +26,6 @@ class Config:
 
 def read_config(cls, script):
     """The dataclass's fields as flags of the same names; a mistake ends the run in one line."""
-
     names = {f.name: "--" + f.name.strip("_").replace("_", "-") for f in fields(cls)}
     names |= {f.name: f.metadata["name"] for f in fields(cls) if f.metadata["name"]}
 

@@ -88,8 +88,7 @@ def finite_grad_norm(model, loss):
     finite, so that no such step is taken."""
     grad_norm = torch.nn.utils.get_total_norm([p.grad for p in model.parameters()])
     if not (loss + grad_norm).isfinite():
-        found = f"loss {loss.item()}, norm of its gradient {grad_norm.item()}"
-        raise FloatingPointError(f"{found}: try a lower learning rate")
+        raise FloatingPointError(f"loss {loss.item()}, norm of its gradient {grad_norm.item()}")
     return grad_norm
 
 
@@ -102,7 +101,7 @@ def check_first_loss(loss, expected, config):
     tolerance = max(1, config.beta) * (1e-3 if config.dtype == "float32" else 5e-2)
     if not abs(loss - expected) <= tolerance * max(1, abs(expected)):
         raise SystemExit(f"the policy's first loss is {loss:.4f}, the reference's {expected:.4f}")
-    print(f"loss before the first step: {loss:.4f}; the reference's own: {expected:.4f}")
+    tqdm.write(f"loss before the first step: {loss:.4f}; the reference's own: {expected:.4f}")
 
 
 def weight_sums(model):
@@ -155,7 +154,7 @@ class Run:
             try:
                 yield from training
             except FloatingPointError as error:
-                raise SystemExit(f"after step {self.step}: {error}. What was saved before is kept")
+                raise FloatingPointError(f"after step {self.step}: {error}")
         self.save(f"{self.path}.pt")
         print(f"mean of the last {len(self.recent)} steps:", average(self.recent, SHOWN))
         self.lap("training")
