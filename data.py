@@ -5,7 +5,6 @@ An example is a prompt and its response as tokens:
     mask  True on the tokens that the loss scores: the response's, end-of-text among them
 """
 
-import itertools
 import math
 import random
 import re
@@ -79,15 +78,16 @@ def collate(examples: list[tuple[list, list]], device="cpu") -> tuple[torch.Tens
     return torch.tensor(ids, device=device), torch.tensor(mask, device=device)
 
 
-def batches(count: int, batch_size: int, steps: int, seed: int) -> Iterator[list[int]]:
-    """For each step, which of `count` examples it sees: batch_size, or all where there are fewer.
+def batches(count: int, batch_size: int, seed: int) -> Iterator[list[int]]:
+    """For each step, without end, which of `count` examples it sees: batch_size of them.
 
-    Every epoch has a new order. A batch may hold the end of one epoch and the start of the next.
+    Every epoch has a new order, and its last batch has what is left, which may be fewer.
     """
     rng = random.Random(seed)
-    endless = (i for _ in itertools.count() for i in rng.sample(range(count), count))
-    for _ in range(steps):
-        yield list(itertools.islice(endless, min(batch_size, count)))
+    while True:
+        order = rng.sample(range(count), count)
+        for start in range(0, count, batch_size):
+            yield order[start : start + batch_size]
 
 
 def learning_rates(peak: float, steps: int) -> list[float]:

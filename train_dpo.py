@@ -13,6 +13,7 @@ report; out/pairs.jsonl, the village's pairs. While it runs, out/dpo.part.pt is 
 
 import copy
 import itertools
+import math
 from dataclasses import dataclass
 
 import torch
@@ -110,23 +111,24 @@ def train(policy, optimizer, pairs, config, loss_fn=pair_losses, start=0):
     each step, computed before its update."""
     steps = count_steps(config, len(pairs))
     rates = data.learning_rates(config.lr, steps)
-    batches = data.batches(len(pairs), config.batch_size, steps, config.seed)
-    for step, rows in itertools.islice(enumerate(batches), start, None):
-        optimizer.param_groups[0]["lr"] = rates[step]
-        parts = []
-        for k in range(config.grad_accum):
-            batch = pairs.take(rows[k :: config.grad_accum])  # B pairs
+    batches = data.batches(len(pairs), config.batch_size, config.seed)
+    for lr, rows in itertools.islice(zip(rates, batches), start, None):
+        optimizer.param_groups[0]["lr"] = lr
+        metrics, count = {}, min(config.grad_accum, len(rows))
+        for k in range(count):
+            batch = pairs.take(rows[k::count])  # B pairs
+            share = len(batch) / len(rows)
             logps = response_logps(policy, batch.chosen + batch.rejected)  # (2B,)
             policy_chosen_logps, policy_rejected_logps = logps.chunk(2)  # (B,) each
             losses = loss_fn(policy_chosen_logps, policy_rejected_logps, batch, config)  # (B,)
-            (losses.mean() / config.grad_accum).backward()
+            (share * losses.mean()).backward()
             part = pair_metrics(policy_chosen_logps, policy_rejected_logps, batch, config)
-            parts.append({"loss": losses.detach().mean()} | part)
-        metrics = {name: sum(part[name] for part in parts) / len(parts) for name in parts[0]}
+            for name, value in ({"loss": losses.detach().mean()} | part).items():
+                metrics[name] = metrics.get(name, 0) + share * value
         metrics["grad_norm"] = runs.finite_grad_norm(policy, metrics["loss"])
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-        yield {name: value.item() for name, value in metrics.items()} | {"lr": rates[step]}
+        yield {name: value.item() for name, value in metrics.items()} | {"lr": lr}
 
 
 def held_out_metrics(policy, pairs, config, loss_fn=pair_losses):
@@ -159,11 +161,8 @@ def make_optimizer(policy, config):
 
 
 def count_steps(config, count):
-    """How many steps there are in config.epochs passes over `count` pairs, rounded down."""
-    batch_size = min(config.batch_size, count)
-    if batch_size % config.grad_accum:
-        raise SystemExit(f"--grad-accum must divide the batch of {batch_size} pairs")
-    return max(1, config.epochs * count // batch_size)
+    """How many steps there are in config.epochs passes over `count` pairs."""
+    return config.epochs * math.ceil(count / config.batch_size)
 
 
 def main():

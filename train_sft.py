@@ -49,8 +49,8 @@ def train_supervised(model, optimizer, examples, batches, rates, start=0):
 
     batches: for each step the indices of its examples. rates: for each step its learning rate.
     """
-    for step, rows in itertools.islice(enumerate(batches), start, None):
-        optimizer.param_groups[0]["lr"] = rates[step]
+    for lr, rows in itertools.islice(zip(rates, batches), start, None):
+        optimizer.param_groups[0]["lr"] = lr
         batch = [examples[i] for i in rows]
         loss = cross_entropy(response_logps(model, batch), batch)
         loss.backward()
@@ -58,7 +58,7 @@ def train_supervised(model, optimizer, examples, batches, rates, start=0):
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-        yield {"loss": loss.item(), "grad_norm": grad_norm.item(), "lr": rates[step]}
+        yield {"loss": loss.item(), "grad_norm": grad_norm.item(), "lr": lr}
 
 
 def make_optimizer(model, weight_decay):
@@ -82,7 +82,7 @@ def cut_rows(tokenizer, texts, context):
 
 def fit(run, examples, held_out, batch_size, steps, lr):
     """Take one of the two trainings to its end, and measure it on examples that it has not seen."""
-    batches = data.batches(len(examples), batch_size, steps, run.config.seed)
+    batches = data.batches(len(examples), batch_size, run.config.seed)
     rates = data.learning_rates(lr, steps)
     training = train_supervised(run.model, run.optimizer, examples, batches, rates, run.step)
     for metrics in run.track(training, steps):

@@ -9,6 +9,7 @@ of the fastest seed, from the SFT model on: sampling, labels, the reference's pa
 
 import copy
 import json
+import math
 import random
 import re
 import statistics
@@ -134,8 +135,8 @@ def on_demonstrations(ground, demonstrations, labels=0, seconds=0):
     """Fine-tuning on (prompt, response) texts, at a third of train_sft.py's rate."""
     policy = ground.policy()
     examples = [data.encode(ground.tokenizer, *demo) for demo in demonstrations]
-    count = max(1, len(examples) // 64)
-    batches = data.batches(len(examples), 64, count, ground.seed)
+    count = math.ceil(len(examples) / 64)
+    batches = data.batches(len(examples), 64, ground.seed)
     optimizer, rates = train_sft.make_optimizer(policy, 0), data.learning_rates(1e-3, count)
     steps = train_sft.train_supervised(policy, optimizer, examples, batches, rates)
     return policy, steps, count, labels, seconds

@@ -1,5 +1,7 @@
 """data.py: the tokenizer, ids and mask, batches, the learning rate."""
 
+import itertools
+
 import pytest
 
 import data
@@ -44,9 +46,12 @@ def test_collate_by_hand():
 
 
 def test_batches_see_everything_once_an_epoch():
-    batches = list(data.batches(count=10, batch_size=4, steps=5, seed=0))
+    """Ten examples in batches of four: two whole ones and the two that are left, then again."""
+    batches = list(itertools.islice(data.batches(count=10, batch_size=4, seed=0), 6))
+    assert [len(batch) for batch in batches] == [4, 4, 2] * 2
     flat = [i for batch in batches for i in batch]
     assert sorted(flat[:10]) == sorted(flat[10:]) == list(range(10)) and flat[:10] != flat[10:]
+    assert sorted(next(data.batches(count=3, batch_size=4, seed=0))) == [0, 1, 2]
 
 
 def test_learning_rates_by_hand():

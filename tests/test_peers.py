@@ -89,7 +89,7 @@ def their_trainer(trl, sft, pairs, config, settings, factor, folder):
 
     policy, reference = (GPT2LMHeadModel.from_pretrained(sft[2]) for _ in range(2))
     tokenizer = AutoTokenizer.from_pretrained(sft[2])
-    batches = data.batches(len(pairs), config.batch_size, STEPS, config.seed)
+    batches = itertools.islice(data.batches(len(pairs), config.batch_size, config.seed), STEPS)
     rows = [dict(zip(("prompt", "chosen", "rejected"), pairs[i])) for b in batches for i in b]
     # A loss of twice the size, at half the rate, takes the same steps.
     sgd = torch.optim.SGD(policy.parameters(), config.lr / factor, config.momentum)
@@ -110,9 +110,9 @@ def their_trainer(trl, sft, pairs, config, settings, factor, folder):
 
 def test_trl_reads_the_same_tokens(trl, sft, pairs, tmp_path):
     config = train_dpo.Config(batch_size=BATCH)
-    batch = data.batches(len(pairs), BATCH, STEPS, config.seed)
+    batches = itertools.islice(data.batches(len(pairs), BATCH, config.seed), STEPS)
     trainer = their_trainer(trl, sft, pairs, config, {}, 1, tmp_path)
-    for i, row in zip(itertools.chain(*batch), trainer.train_dataset, strict=True):
+    for i, row in zip(itertools.chain(*batches), trainer.train_dataset, strict=True):
         for k, side in enumerate(("chosen", "rejected"), 1):
             ids, mask = data.encode(sft[1], pairs[i][0], pairs[i][k])
             border = mask.index(True)

@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+import itertools
 import math
 import random
 from types import SimpleNamespace
@@ -54,7 +55,8 @@ def test_logged_rewards_are_against_the_frozen_reference(setup):
     for line in train_dpo.train(policy, optimizer, pairs, config):
         metrics.append(line)
         states.append(copy.deepcopy(policy))
-    rows = list(data.batches(20, 8, 5, config.seed))[3]
+    batches = data.batches(20, 8, config.seed)  # of 8, 8 and 4 pairs
+    rows = list(itertools.islice(batches, 5))[3]
     ids, mask = data.collate([side[i] for side in (pairs.chosen, pairs.rejected) for i in rows])
     logps = dpo.sequence_logps(states[2](ids), ids, mask)
     gain = 0.5 * (logps - dpo.sequence_logps(reference(ids), ids, mask))
@@ -213,9 +215,10 @@ def test_the_caches_of_a_large_model_stay_below_a_gigabyte(tokenizer):
 
 
 def test_accumulated_gradients_are_the_whole_batchs(setup):
+    """Also where the parts are of unlike size: 3, 3 and 2 of 8 pairs, then 2, 1 and 1 of 4."""
     reference, pairs, config = setup
     metrics = []
-    for grad_accum in (1, 4):
+    for grad_accum in (1, 3):
         policy = copy.deepcopy(reference).requires_grad_(True)
         accumulating = dataclasses.replace(config, grad_accum=grad_accum)
         optimizer = train_dpo.make_optimizer(policy, config)
@@ -228,9 +231,22 @@ def test_accumulated_gradients_are_the_whole_batchs(setup):
             assert parts[name] == pytest.approx(whole[name], rel=1e-4, abs=1e-5)
     one, other = parts["rewards/accuracies"], whole["rewards/accuracies"]
     assert one == pytest.approx(other, abs=1 / config.batch_size)
-    with pytest.raises(SystemExit, match="--grad-accum must divide the batch of 8 pairs"):
-        train_dpo.count_steps(dataclasses.replace(config, grad_accum=3), 20)
-    assert train_dpo.count_steps(dataclasses.replace(config, epochs=3), 20) == 7  # of 8 pairs
+
+
+@pytest.mark.parametrize("count, steps", [(20, 9), (16, 6), (3, 3)])
+def test_every_pair_is_seen_once_an_epoch(setup, count, steps):
+    """Three epochs over pairs in batches of 8. A loss without a gradient leaves the policy."""
+    reference, pairs, config = setup
+    config, seen = dataclasses.replace(config, epochs=3, batch_size=8, grad_accum=3), []
+
+    def loss_fn(policy_chosen_logps, policy_rejected_logps, batch, config):
+        seen.extend(batch.ref_chosen_logps.tolist())
+        return 0 * policy_chosen_logps
+
+    policy = copy.deepcopy(reference).requires_grad_(True)
+    optimizer, pairs = train_dpo.make_optimizer(policy, config), pairs.take(range(count))
+    assert len([*train_dpo.train(policy, optimizer, pairs, config, loss_fn)]) == steps
+    assert sorted(seen) == sorted(3 * pairs.ref_chosen_logps.tolist())
 
 
 def test_each_pass_of_a_step_takes_its_own_pairs_with_their_reference_logps(setup):
@@ -250,7 +266,7 @@ def test_each_pass_of_a_step_takes_its_own_pairs_with_their_reference_logps(setu
     config = dataclasses.replace(config, epochs=1, batch_size=10, grad_accum=2)
     optimizer = torch.optim.SGD(policy.parameters(), 0.01)
     first, _ = train_dpo.train(policy, optimizer, pairs, config, loss_fn)
-    rows = next(data.batches(20, 10, 1, config.seed))
+    rows = next(data.batches(20, 10, config.seed))
     assert first["loss"] == 0 and len(seen) == 4
     for batch, part in zip(seen, (rows[::2], rows[1::2])):
         assert batch.chosen == [pairs.chosen[i] for i in part]

@@ -83,9 +83,9 @@ def train_kto(policy, optimizer, thumbs, config, start=0):
     """Yields the metrics of each step after the first `start`."""
     steps = count_steps(config, len(thumbs))
     rates = data.learning_rates(config.lr, steps)
-    batches = data.batches(len(thumbs), config.batch_size, steps, config.seed)
-    for step, rows in itertools.islice(enumerate(batches), start, None):
-        optimizer.param_groups[0]["lr"] = rates[step]
+    batches = data.batches(len(thumbs), config.batch_size, config.seed)
+    for lr, rows in itertools.islice(zip(rates, batches), start, None):
+        optimizer.param_groups[0]["lr"] = lr
         batch = thumbs.take(rows)
         logps = response_logps(policy, batch.examples + batch.mismatched)  # (2B,)
         losses, metrics = losses_and_metrics(*logps.chunk(2), batch, config)
@@ -95,7 +95,7 @@ def train_kto(policy, optimizer, thumbs, config, start=0):
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         metrics = {"loss": loss} | metrics | {"grad_norm": grad_norm}
-        yield {name: value.item() for name, value in metrics.items()} | {"lr": rates[step]}
+        yield {name: value.item() for name, value in metrics.items()} | {"lr": lr}
 
 
 def held_out_metrics(policy, thumbs, config):

@@ -5,6 +5,7 @@ paper it is known up to a constant for each prompt, which changes neither's opti
 """
 
 import copy
+import math
 
 import torch
 import torch.nn.functional as F
@@ -49,10 +50,9 @@ def train_reward_model(reference, tokenizer, pairs, config):
     optimizer = torch.optim.AdamW(model.parameters(), config.reward_lr, weight_decay=0)
     chosen = [data.encode(tokenizer, prompt, response) for prompt, response, _ in pairs]
     rejected = [data.encode(tokenizer, prompt, response) for prompt, _, response in pairs]
-    batch_size = min(config.batch_size, len(pairs))
-    steps = config.reward_epochs * len(pairs) // batch_size
+    steps = config.reward_epochs * math.ceil(len(pairs) / config.batch_size)
     rates = data.learning_rates(config.reward_lr, steps)
-    batches = data.batches(len(pairs), batch_size, steps, config.seed)
+    batches = data.batches(len(pairs), config.batch_size, config.seed)
     for rate, rows in zip(tqdm(rates, "reward model", leave=False, disable=None), batches):
         optimizer.param_groups[0]["lr"] = rate
         examples = [side[i] for side in (chosen, rejected) for i in rows]

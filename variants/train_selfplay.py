@@ -17,6 +17,7 @@ Writes out/sppo_selfplay.pt, .jsonl and .json (spin.*, rlaif.*).
 """
 
 import copy
+import math
 import random
 import sys
 from dataclasses import dataclass
@@ -75,7 +76,7 @@ def train_sppo(policy, optimizer, examples, ref_logps, win_probs, config):
     Yields the metrics of each step. It is train_dpo.train() for single responses.
     """
     rates = data.learning_rates(config.lr, train_dpo.count_steps(config, len(examples)))
-    batches = data.batches(len(examples), config.batch_size, len(rates), config.seed)
+    batches = data.batches(len(examples), config.batch_size, config.seed)
     for lr, rows in zip(rates, batches):
         optimizer.param_groups[0]["lr"] = lr
         logps = response_logps(policy, [examples[i] for i in rows])  # (B,)
@@ -162,7 +163,7 @@ def labelled_pairs(prompts, texts, wins):
 def count_steps(config):
     """Of all rounds, each over its own responses."""
     responses = config.questions * (1 if config.spin else config.group)
-    return config.rounds * max(1, responses // config.batch_size)
+    return config.rounds * math.ceil(responses / config.batch_size)
 
 
 def count_labels(config):
