@@ -526,6 +526,19 @@ def test_mismatched_examples_by_hand():
         kto.mismatch(same[:2])
 
 
+def test_mismatched_examples_by_a_slow_search():
+    """The next response to another prompt, also where one prompt fills many rows."""
+    rng = random.Random(0)
+    for size in (2, 3, 10, 60):
+        prompts = [0, 1, *(rng.randrange(2) for _ in range(size - 2))]
+        examples = [([prompt, i], [False, True]) for i, prompt in enumerate(prompts, 10)]
+        expected = []
+        for i, prompt in enumerate(prompts):
+            others = [j % size for j in range(i + 1, i + size) if prompts[j % size] != prompt]
+            expected.append([prompt, 10 + others[0]])
+        assert [ids for ids, _ in kto.mismatch(examples)] == expected
+
+
 def test_a_pair_is_a_thumb_up_and_a_thumb_down(tokenizer):
     reference, (question, other) = tiny(tokenizer), village.split_questions()[0][:2]
     pairs = [(question, " Gladly!", " Ugh."), (other, " Of course!", " Not again.")]

@@ -42,13 +42,14 @@ def mismatch(examples):
     prompts = [[i for i, scored in zip(*example) if not scored] for example in examples]
     responses = [[i for i, scored in zip(*example) if scored] for example in examples]
     if examples and all(prompt == prompts[0] for prompt in prompts):
-        raise SystemExit("KTO needs two prompts to train on and two held out: one in ten is, so 12")
-    mismatched = []
-    for i, prompt in enumerate(prompts):
-        later = itertools.chain(range(i + 1, len(prompts)), range(i))
-        j = next(j for j in later if prompts[j] != prompt)
-        mismatched.append(data.join_ids(prompt, responses[j]))
-    return mismatched
+        raise SystemExit("KTO needs two prompts to train on and two held out, of one in ten")
+    count, others, other = len(prompts), {}, 0
+    for i in [*reversed(range(count))] * 2:  # twice round, so that the last have one, too
+        following = (i + 1) % count
+        if prompts[following] != prompts[i]:
+            other = following
+        others[i] = other
+    return [data.join_ids(prompts[i], responses[others[i]]) for i in range(count)]
 
 
 def add_reference_logps(reference, tokenizer, rows):
