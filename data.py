@@ -60,6 +60,29 @@ def encode(tokenizer: tiktoken.Encoding, prompt: str, response: str) -> tuple[li
     return join_ids(prompt_ids, response_ids)
 
 
+ROLES = {"system": "System", "user": "User", "assistant": "Assistant"}
+
+
+def apply_template(messages: list[dict], *answers: str) -> tuple[str, ...]:
+    """The one way from a conversation to texts -> its prompt, and answers as responses to it.
+
+    [{"role": "system", "content": "Be kind."}, {"role": "user", "content": "Who is Ada?"}], "Ada."
+    -> "System: Be kind.\n\nUser: Who is Ada?\n\nAssistant:", " Ada."
+
+    White space around what somebody says is left out. Raises KeyError for a role not in ROLES.
+    """
+    turns = [f"{ROLES[m['role']]}: {m['content'].strip()}\n\n" for m in messages]
+    return "".join([*turns, "Assistant:"]), *(f" {answer.strip()}" for answer in answers)
+
+
+# The same in the language of transformers' chat templates; an answer is closed by end-of-text.
+JINJA_TEMPLATE = (
+    "{% for m in messages %}{{ m.role | capitalize + ': ' + m.content | trim }}"
+    "{{ eos_token if loop.last and m.role == 'assistant' else '\n\n' }}{% endfor %}"
+    "{{ 'Assistant:' if add_generation_prompt }}"
+)
+
+
 def join_ids(prompt_ids: list[int], response_ids: list[int]) -> tuple[list, list]:
     return prompt_ids + response_ids, [False] * len(prompt_ids) + [True] * len(response_ids)
 

@@ -66,7 +66,7 @@ class GPT(nn.Module):
 
     def __init__(self, config):
         super().__init__()
-        self.config = config
+        self.config, self.learnt = config, {}  # learnt: what save() notes of the texts it has seen
         self.wte = nn.Embedding(config.vocab_size, config.n_embd)
         self.wpe = nn.Embedding(config.block_size, config.n_embd)
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.n_layer))
@@ -172,9 +172,9 @@ def save(path, model, **extra):
     """
     if not all(weight.isfinite().all() for weight in model.parameters()):
         raise FloatingPointError(f"the weights for {path} are not finite")
-    state = {"config": asdict(model.config), "weights": model.state_dict(), **extra}
+    state = {"config": asdict(model.config), "learnt": model.learnt, **extra}
     try:
-        torch.save(state, f"{path}.tmp")
+        torch.save(state | {"weights": model.state_dict()}, f"{path}.tmp")
     except RuntimeError as error:  # torch's writer has no better name for it
         raise OSError(f"cannot write {path}.tmp: is the disk full?") from error
     os.replace(f"{path}.tmp", path)
@@ -191,6 +191,7 @@ def load(path, device="cpu"):
     try:
         model = GPT(GPTConfig(**state["config"])).to(device)
         model.load_state_dict(state["weights"])
+        model.learnt = state.get("learnt", {})
     except KeyError as error:
         raise ValueError(f"{path} is no checkpoint of this project: it has no {error}") from error
     except Exception as error:  # torch names all that is missing or has another shape, at length

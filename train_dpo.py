@@ -40,7 +40,9 @@ class Config(evaluate.Config):
     grad_accum: int = flag(1, "parts of a batch, each with its backward pass: takes less memory")
     num_pairs: int = flag(24_000, "pairs to sample in the village; with fewer, facts stay unlearnt")
     pairs: str = flag("", "your own preference file, in place of the village's pairs")
-    skip_bad: bool = flag(False, "leave out bad lines of that file, and count them")
+    held_out: str = flag("", "file to measure on, in place of one in ten of those prompts")
+    skip_bad: bool = flag(False, "leave out bad lines of these files, and count them")
+    max_bad: float = flag(0.1, "share of the lines that may be bad with --skip-bad", below=1)
     resume: bool = flag(False, "go on from the last saved state of the same run")
 
 

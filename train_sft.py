@@ -1,7 +1,7 @@
 """Pretrain on stories, then fine-tune on question -> answer: the model that DPO starts from.
 
     python train_sft.py                                  the village, a minute on two cores
-    python train_sft.py --corpus my.txt --sft my.jsonl   your text and {"prompt", "response"} lines
+    python train_sft.py --corpus my.txt --sft my.jsonl   your text and demonstrations
     python train_sft.py --resume                         go on where a run was interrupted
 
 Writes out/pretrained.pt and out/sft.pt; beside each a .jsonl with the metrics of its steps and a
@@ -17,14 +17,19 @@ import data
 import model as gpt
 from lab import evaluate, files, flags, runs, village
 from lab.flags import flag
+from lab.own import OwnFile
 from responses import response_logps, response_logps_no_grad
 
 
 @dataclass
 class Config(flags.Config):
     corpus: str = flag("", "your own text to pretrain on; goes with --sft")
-    sft: str = flag("", 'your own {"prompt", "response"} lines to fine-tune on')
-    skip_bad: bool = flag(False, "leave out bad lines of that file, and count them")
+    sft: str = flag(
+        "", "your own demonstrations to fine-tune on: prompts and completions, or messages"
+    )
+    held_out: str = flag("", "file to measure on, in place of one in ten of those prompts")
+    skip_bad: bool = flag(False, "leave out bad lines of these files, and count them")
+    max_bad: float = flag(0.1, "share of the lines that may be bad with --skip-bad", below=1)
     resume: bool = flag(False, "go on from the last saved state of the same run")
     vocab_size: int = flag(village.VOCAB_SIZE, "tokens to learn; each village word is one")
     block_size: int = flag(128, "tokens of the longest sequence")
@@ -81,7 +86,7 @@ def cut_rows(tokenizer, texts, context):
 
 
 def fit(run, examples, held_out, batch_size, steps, lr):
-    """Take one of the two trainings to its end, and measure it on examples that it has not seen."""
+    """Take one of the two trainings to its end -> its loss on examples that it has not seen."""
     batches = data.batches(len(examples), batch_size, run.config.seed)
     rates = data.learning_rates(lr, steps)
     training = train_supervised(run.model, run.optimizer, examples, batches, rates, run.step)
@@ -89,7 +94,7 @@ def fit(run, examples, held_out, batch_size, steps, lr):
         run.log(metrics)
     loss = cross_entropy(response_logps_no_grad(run.model, held_out), held_out).item()
     print(f"{run.name}: {loss:.3f} nats a token on held-out text")
-    run.finish({"held-out/loss": loss})
+    return {"held-out/loss": loss}
 
 
 def check_sizes(config):
@@ -103,10 +108,11 @@ def check_sizes(config):
 
 
 def read_texts(config):
-    """-> ((corpus, corpus held out), the tokenizer, (demonstrations, demonstrations held out))."""
+    """-> ((corpus, corpus held out), the tokenizer, (demonstrations, demonstrations held out), what
+    the model will have learnt from these, and what there is to report of them)."""
     if config.sft:
         corpus = files.own_corpus(config.corpus)
-        files.own_demonstrations(config, None)  # bad lines first: a tokenizer takes a while
+        own = OwnFile(config.sft, "sft", config, config.held_out)
         print("learning the tokenizer")
         (text,) = corpus[0]
     else:
@@ -118,14 +124,18 @@ def read_texts(config):
         tokenizer = data.train_tokenizer(text, config.vocab_size)
     except ValueError as error:
         raise SystemExit(f"--vocab-size {config.vocab_size}: {error}")
-    return corpus, tokenizer, files.own_demonstrations(config, tokenizer) if config.sft else demos
+    if not config.sft:
+        learnt = {"conversations": False, "answer_tokens": evaluate.Config.max_new_tokens}
+        return corpus, tokenizer, demos, learnt, {}
+    demos = own.split(tokenizer, config.block_size)
+    return corpus, tokenizer, demos, own.learnt, {"file": own.report}
 
 
 def main():
     config = flags.read_config(Config, "train_sft.py")
     check_sizes(config)
     device = runs.prepare(config)
-    corpus, tokenizer, demos = read_texts(config)
+    corpus, tokenizer, demos, learnt, report = read_texts(config)
     examples, held_out = ([data.encode(tokenizer, *demo) for demo in part] for part in demos)
     longest = max(len(ids) for ids, _ in examples + held_out)
     if longest > config.block_size:
@@ -146,8 +156,11 @@ def main():
     if start_with is pretraining:
         rows, held_rows = (cut_rows(tokenizer, texts, config.context) for texts in corpus)
         batch_size = config.batch_size // 2 or 1
-        fit(pretraining, rows, held_rows, batch_size, config.pretrain_steps, config.pretrain_lr)
-    fit(fine_tuning, examples, held_out, config.batch_size, config.steps, config.lr)
+        steps, lr = config.pretrain_steps, config.pretrain_lr
+        pretraining.finish(fit(pretraining, rows, held_rows, batch_size, steps, lr))
+    model.learnt = learnt
+    found = fit(fine_tuning, examples, held_out, config.batch_size, config.steps, config.lr)
+    fine_tuning.finish(found | report)
     if not config.sft:
         _, kept_back, never = village.split_questions()
         for name, part in (("held-out questions", kept_back), ("facts never asked", never)):

@@ -21,7 +21,9 @@ class Config(flags.Config):
 
     init: str = flag("", "checkpoint to start from, and to stay close to: OUT/sft.pt")
     beta: float = flag(0.5, "β of Eq. 3, by which all methods are judged", name="--eval-beta")
-    max_new_tokens: int = flag(24, "of a sample; the village's longest response has 15")
+    max_new_tokens: int = flag(
+        24, "of a sample; with your own data as many as 95 in 100 responses have", own=0
+    )
     eval_questions: int = flag(120, "at most, of each held-out set: there are no more")
     eval_samples: int = flag(20, "for each of these questions, in the report")
 
@@ -157,10 +159,10 @@ def print_answers(policy, reference, tokenizer, prompts, config):
     sampling = tokenizer, prompts, config, "answers"
     texts = [sample_responses(model, *sampling)[1] for model in (reference, policy)]
     for prompt, *answers in zip(prompts, *texts):
-        print(f"  {prompt}")
+        print("  " + " ".join(prompt.split()))
         for label, text in zip(("before", "after "), answers):
             score = f"{true_rewards([prompt], [text]).item():+g}" if true else ""
-            print(f"    {label} {score} {'(cut off)' if text is None else text}")
+            print(f"    {label} {score} {'(cut off)' if text is None else text}".replace("\n", " "))
 
 
 @torch.no_grad()

@@ -1,173 +1,239 @@
-"""What people bring: a text to pretrain on, and files of one JSON object a line.
+"""What people bring, as it comes: texts to pretrain on, files of demonstrations or preferences.
 
-A line that cannot be used is refused with file, line number and reason. One prompt in ten is held
-out, with all its lines, so that nothing that is measured on them has been seen in training.
+A file has a JSON object on each line, or is a JSON array of objects; gzip is unpacked. It is opened
+once, so that it may be a pipe. Every object, a record, becomes a row:
+
+    demonstrations  (prompt, response)          from "messages", or "prompt" and "completion"
+    pairs           (prompt, chosen, rejected)  from "chosen" and "rejected", and "prompt" or not
+    thumbs          (prompt, response, liked)   from "prompt", "completion" and "label"
+    ratings         (prompt, response, rating)  from "prompt", "completion" and "rating"
+
+Texts are kept as they are. A conversation becomes texts by data.apply_template(), and so does what
+has a "system" beside it. "response" may stand for "completion". All else is refused with a reason.
 """
 
-import contextlib
+import gzip
 import json
 import math
+import os
+import re
+import zlib
 
 import data
 
-
-def text_of(record: dict, field: str) -> str:
-    """A field's text: a string, or a list of one {"role", "content"} message."""
-    if field not in record:
-        raise ValueError(f'no "{field}"')
-    text = record[field]
-    if isinstance(text, list) and len(text) == 1 and isinstance(text[0], dict):
-        text = text[0].get("content")
-    if not isinstance(text, str):
-        raise ValueError(f'"{field}" is neither a string nor a list of one message')
-    if not text.strip():
-        raise ValueError(f'"{field}" is empty')
-    text.encode()  # half of a surrogate pair is a ValueError too
-    return text
-
-
-def value_of(record: dict, field: str):
-    """A field as check_line() wants it: a "label" is true or false, a "rating" a number."""
-    if field not in ("label", "rating"):
-        return text_of(record, field)
-    value = record.get(field)
-    if field == "label" and not isinstance(value, bool):
-        raise ValueError('"label" is neither true nor false')
-    if field == "rating" and (isinstance(value, bool) or not isinstance(value, (int, float))):
-        raise ValueError('"rating" is no number')
-    if not abs(value) < math.inf:
-        raise ValueError('"rating" is not finite')
-    return value
-
-
-FORMATS = (
-    ("prompt", "chosen", "rejected"),
-    ("prompt", "completion", "label"),  # a thumb up or down
-    ("prompt", "response", "rating"),  # a log of what was said, and how it was liked
-)
+WANTED = {
+    "sft": '"messages", or "prompt" and "completion"',
+    "pairs": '"chosen" and "rejected", with "prompt" or without; or "prompt", "completion" and '
+    '"label" or "rating"',
+}
+NEAREST = {  # fields of other formats -> what to do
+    "instruction": 'Alpaca\'s: join it and "input" to a "prompt", and call "output" "completion"',
+    "conversations": 'ShareGPT\'s: make it "messages" or "prompt", with "role" and "content"',
+    "question": 'Orca\'s: call it "prompt"',
+    "query": 'to be called "prompt"',
+    "input": 'to be called "prompt"',
+}
+ELSEWHERE = {
+    "sft": {"chosen": "for train_dpo.py --pairs", "text": "for --corpus, as a mere text"},
+    "pairs": dict.fromkeys(
+        ("messages", "completion", "response"), "for train_sft.py --sft, where it stands alone"
+    ),
+}
+FOREIGN = {  # how a file begins -> what it is
+    b"PAR1": "Parquet: write JSON lines, as pandas does with to_json(orient='records', lines=True)",
+    b"PK\x03\x04": "a zip archive: unpack it",
+    b"\xff\xfe": "UTF-16: save it as UTF-8",
+    b"\xfe\xff": "UTF-16: save it as UTF-8",
+}
+NO_PROMPT = "texts without a prompt"
+VALUES = {"thumbs": ("label",), "ratings": ("rating",)}
+HOLDS_JSON = re.compile(r"""\s*(\[\s*\{\s*["'](role|content|from)|\{\s*["']role)["']\s*:""")
+# A transcript says at the beginning of a line whose turn it is.
+ASSISTANT = re.compile(r"^(?:### ?)?assistant:", re.I | re.M)
 
 
-def fields_of(path: str) -> tuple[str, str, str]:
-    """Which of the formats a preference file has, by the first line that has any."""
+def listed(fields) -> str:
+    return ", ".join(f'"{str(name)[:40]}"' for name in [*fields][:12]) or "none"
+
+
+def read_bytes(path: str) -> bytes:
+    """What a file holds, unpacked."""
     try:
         with open(path, "rb") as file:
-            for line in file:
-                with contextlib.suppress(ValueError, RecursionError):  # read_jsonl() will name it
-                    record = json.loads(line.decode("utf-8-sig"))
-                    for fields in FORMATS:
-                        if isinstance(record, dict) and {*fields} <= {*record}:
-                            return fields
-    except OSError as error:
-        raise SystemExit(f"cannot read {path}: {error.strerror}")
-    return FORMATS[0]
-
-
-def pairs_from_ratings(rows: list[tuple], path: str) -> list[tuple]:
-    """(prompt, response, rating) -> (prompt, chosen, rejected): a prompt's best against its worst.
-
-    Among equal ratings the first line counts. A prompt with a single rating makes no pair.
-    """
-    by_prompt = {}
-    for prompt, response, rating in rows:
-        by_prompt.setdefault(prompt, []).append((rating, response))
-    pairs = []
-    for prompt, rated in by_prompt.items():
-        best, worst = max(rated, key=lambda r: r[0]), min(rated, key=lambda r: r[0])
-        if best[0] > worst[0] and best[1] != worst[1]:
-            pairs.append((prompt, best[1], worst[1]))
-    counts = f"{len(rows)} rated responses to {len(by_prompt)} prompts give {len(pairs)} pairs"
-    print(f"{path}: {counts}")
-    if not pairs:
-        raise SystemExit(f"{path}: no prompt has two responses of different ratings")
-    return pairs
-
-
-def read_jsonl(path: str, fields: tuple, tokenizer, block_size: int, skip_bad=False) -> list[tuple]:
-    """Every line's values, in the order of `fields`: a prompt first, then what was said to it.
-
-    A bad line ends the run with file, line number and reason, or with skip_bad is counted and
-    left out. Without a tokenizer, lengths are not checked yet.
-    """
-    try:
-        with open(path, "rb") as file:
-            lines = file.readlines()
-    except OSError as error:
-        raise SystemExit(f"cannot read {path}: {error.strerror}")
-    good, bad = [], []
-    for number, line in enumerate(lines, 1):
-        try:
-            if line.strip():
-                good.append(check_line(line, fields, tokenizer, block_size))
-        except (ValueError, RecursionError) as error:
-            bad.append(f"{path}, line {number}: {error}")
-    if bad and not skip_bad:
-        raise SystemExit(f"{bad[0]}; bad lines: {len(bad)}. Mend them, or pass --skip-bad")
-    if not good:
-        raise SystemExit(f"{path}: no usable line among {len(bad)} bad ones")
-    if bad and tokenizer:
-        print(f"{path}: {len(bad)} bad lines left out, the first: {bad[0]}")
-    return good
-
-
-def check_line(line: bytes, fields: tuple, tokenizer, block_size: int) -> tuple:
-    """One line's values. Raises ValueError with the reason if it cannot be used."""
-    try:
-        record = json.loads(line.decode("utf-8-sig"))
-    except json.JSONDecodeError as error:
-        raise ValueError(f"not JSON ({error.msg})") from error
-    if not isinstance(record, dict):
-        raise ValueError("not a JSON object")
-    prompt, *rest = values = tuple(value_of(record, field) for field in fields)
-    if len(set(rest)) < len(rest):
-        raise ValueError('"chosen" equals "rejected"')
-    for field, response in zip(fields[1:], rest):
-        if not tokenizer or not isinstance(response, str):
-            continue
-        length = len(data.encode(tokenizer, prompt, response)[0])
-        if length > block_size:
-            raise ValueError(f'prompt and "{field}" take {length} tokens, the model {block_size}')
-    return values
-
-
-def hold_out(rows: list[tuple], path: str) -> tuple[list[tuple], list[tuple]]:
-    """-> (rows to train on, rows held out: those of every tenth prompt). A prompt is row[0]."""
-    prompts = list(dict.fromkeys(row[0] for row in rows))
-    if len(prompts) < 2:
-        raise SystemExit(f"{path}: one prompt is too few, since one in every ten is held out")
-    kept_back = set(prompts[1::10])
-    return tuple([row for row in rows if (row[0] in kept_back) == held] for held in (False, True))
+            content = file.read()
+        if content.startswith(b"\x1f\x8b"):
+            content = gzip.decompress(content)
+    except (OSError, EOFError, zlib.error) as error:
+        raise SystemExit(f"cannot read {path}: {getattr(error, 'strerror', None) or error}")
+    for start, what in FOREIGN.items():
+        if content.startswith(start):
+            raise SystemExit(f"{path} is {what}")
+    return content
 
 
 def own_corpus(path: str) -> tuple[list[str], list[str]]:
     """A file to pretrain on -> (nine tenths of it, the last tenth), each a list of one text."""
     try:
-        with open(path, encoding="utf-8-sig") as file:
-            text = file.read()
-    except OSError as error:
-        raise SystemExit(f"cannot read {path}: {error.strerror}")
+        text = read_bytes(path).decode("utf-8-sig").replace("\r\n", "\n")
     except UnicodeDecodeError as error:
         raise SystemExit(f"{path}: not UTF-8 at byte {error.start}")
     border = len(text) * 9 // 10
     return [text[:border]], [text[border:]]
 
 
-def own_demonstrations(config, tokenizer) -> tuple[list[tuple], list[tuple]]:
-    """A file to fine-tune on -> ((prompt, response) texts, those held out)."""
-    fields = ("prompt", "response")
-    lines = read_jsonl(config.sft, fields, tokenizer, config.block_size, config.skip_bad)
-    return hold_out(lines, config.sft)
-
-
-def own_preferences(config, tokenizer, block_size: int) -> tuple[list[tuple], list[tuple]]:
-    """A preference file -> (rows, rows held out), of texts (prompt, chosen, rejected), or of
-    (prompt, completion, whether it is liked)."""
-    fields = fields_of(config.pairs)
-    if fields[-1] == "label" and getattr(config, "loss", "dpo") != "kto":
+def read_records(path: str, wanted: str) -> list[tuple]:
+    """-> of every record where it stands, and a line's bytes or an array's element."""
+    content = read_bytes(path)
+    try:
+        whole = json.loads(content)
+        if isinstance(whole, list):
+            return [(f"record {i}", record) for i, record in enumerate(whole, 1)]
+    except (ValueError, RecursionError) as error:
+        in_brackets = content.lstrip().startswith(b"[") and isinstance(error, json.JSONDecodeError)
+        if in_brackets and error.msg != "Extra data":
+            raise SystemExit(f"{path} is no JSON array: {error.msg} at its line {error.lineno}")
+    lines = [(f"line {i}", b) for i, b in enumerate(content.split(b"\n"), 1) if b.strip()]
+    head = lines[0][1].decode(errors="replace") if lines else ""
+    columns = [name.strip(' "\ufeff') for name in re.split("[,;\t]", head.strip())]
+    known = {"prompt", "chosen", "rejected", "completion", "response", "messages", *NEAREST}
+    if known & {*columns}:
         raise SystemExit(
-            f"{config.pairs} has labels of single responses, which make no pairs: train on it with "
-            "python variants/train_variant.py --loss kto"
+            f"{path} is CSV of {listed(columns)}; wanted is JSON with {WANTED[wanted]}"
         )
-    rows = read_jsonl(config.pairs, fields, tokenizer, block_size, config.skip_bad)
-    if fields[-1] == "rating":
-        rows = pairs_from_ratings(rows, config.pairs)
-    return hold_out(rows, config.pairs)
+    return lines
+
+
+def parse(line: bytes):
+    """What JSON makes of a line."""
+    try:
+        text = line.decode("utf-8-sig").strip()
+        return json.loads(text)
+    except UnicodeDecodeError as error:
+        raise ValueError(f"not UTF-8 at its byte {error.start}: save the file as UTF-8")
+    except json.JSONDecodeError as error:
+        if error.msg == "Extra data" and text.startswith("{"):
+            first, _ = json.JSONDecoder().raw_decode(text)
+            raise ValueError(
+                f"several objects, the first with {listed(first)}; wanted is one a line"
+            )
+        hint = ": each object must stand on one line" if text == "{" else ""
+        raise ValueError(f"not JSON ({error.msg}){hint}")
+
+
+def kind_of(record: dict, wanted: str) -> tuple[str, list[str]]:
+    """-> what a record is, and the fields of its texts but the prompt."""
+    answers = [name for name in ("completion", "response") if name in record][:1]
+    values = [kind for kind, (name,) in VALUES.items() if name in record]
+    has_prompt, nearest = "prompt" in record, {*NEAREST} & {*record}
+    if wanted == "sft" and "messages" in record:
+        return "demonstrations", ["messages"]
+    if wanted == "sft" and has_prompt and answers:
+        return "demonstrations", answers
+    if wanted == "pairs" and {"chosen", "rejected"} <= {*record} and (has_prompt or not nearest):
+        return "pairs", ["chosen", "rejected"]
+    if wanted == "pairs" and has_prompt and answers and values:
+        return values[0], answers
+    hints = (NEAREST | ELSEWHERE[wanted]).items()
+    hint = next((f'; "{name}" is {hint}' for name, hint in hints if name in record), "")
+    raise ValueError(f"the fields are {listed(record)}{hint}; wanted are {WANTED[wanted]}")
+
+
+def check_text(text, name: str) -> str:
+    if not isinstance(text, str):
+        raise ValueError(f'"{name}" is neither a text nor a conversation')
+    if not text.strip():
+        raise ValueError(f'"{name}" is empty')
+    text.encode()  # half of a surrogate pair is a ValueError too
+    if data.END in text:
+        raise ValueError(f'"{name}" spells out {data.END}, which is added by itself: take it out')
+    if HOLDS_JSON.match(text):
+        raise ValueError(f'"{name}" is a string that holds JSON messages: unpack them')
+    return text
+
+
+def turns_of(value, name: str, role: str) -> list[dict]:
+    """A conversation -> its turns, checked. A text is a single turn of `role`."""
+    turns = [{"role": role, "content": value}] if isinstance(value, str) else value
+    if not isinstance(turns, list) or not all(isinstance(turn, dict) for turn in turns):
+        raise ValueError(f'"{name}" is neither a text nor a conversation')
+    for turn in turns:
+        if not {"role", "content"} <= {*turn}:
+            raise ValueError(f'a turn of "{name}" has {listed(turn)}; wanted are "role", "content"')
+        if turn["role"] not in [*data.ROLES]:
+            role = listed([turn["role"]])
+            raise ValueError(f'"{name}" has a turn of {role}; there are {listed(data.ROLES)}')
+    return [{"role": t["role"], "content": check_text(t["content"], name).strip()} for t in turns]
+
+
+def conversation_row(record: dict, fields: list[str]) -> tuple[str, ...]:
+    """-> (prompt, the last turn of each field), through the template."""
+    prompt = record.get("prompt")
+    prompt = [] if prompt is None else turns_of(prompt, "prompt", "user")
+    sides = [turns_of(record[name], name, "assistant") for name in fields]
+    for name, side in zip(fields, sides):
+        last = [turn["role"] for turn in side[-1:]]
+        if last != ["assistant"]:
+            raise ValueError(f'"{name}" ends with a turn of {listed(last)}, not of "assistant"')
+    before = sides[0][:-1]
+    if sides[-1][:-1] != before:
+        raise ValueError("the conversations part before their last turns")
+    if before and not all(turn in before for turn in prompt):
+        raise ValueError(f'"{fields[0]}" is a conversation that does not repeat "prompt"')
+    turns = before or prompt
+    if record.get("system"):
+        turns = [{"role": "system", "content": check_text(record["system"], "system")}, *turns]
+    roles = [turn["role"] for turn in turns]
+    if roles[-1:] != ["user"]:
+        raise ValueError(f'the prompt ends with a turn of {listed(roles[-1:])}, not of "user"')
+    if "system" in roles[1:]:
+        raise ValueError('a turn of "system" may only be the first')
+    return data.apply_template(turns, *(side[-1]["content"] for side in sides))
+
+
+def split_texts(texts: list[str], fields: list[str]) -> tuple[str, ...]:
+    """Texts without a prompt -> (their common beginning, what follows it in each).
+
+    It ends where the last answer of a transcript begins, or else before a word.
+    """
+    common = os.path.commonprefix(texts)
+    ends = {max((mark.end() for mark in ASSISTANT.finditer(text)), default=0) for text in texts}
+    words = len(texts) > 1 and re.match(r".*\S(?=\s)", common, re.S)
+    end = max(ends) or (words.end() if words else 0)
+    if not end:
+        raise ValueError('no "prompt", nor a word with which both texts begin')
+    if len(ends) > 1 or end > len(common):
+        raise ValueError("the transcripts part before their last answers")
+    return common[:end], *(check_text(text[end:], name) for text, name in zip(texts, fields))
+
+
+def value_of(record: dict, kind: str) -> tuple:
+    """-> (liked,) of thumbs, (rating,) of ratings, () of all else."""
+    values = [record[name] for name in VALUES.get(kind, ())]
+    for value in values:
+        is_number = isinstance(value, (int, float)) and abs(value) < math.inf
+        if kind == "thumbs" and (not is_number or value not in (0, 1)):
+            raise ValueError('"label" is neither true nor false')
+        if kind == "ratings" and (not is_number or isinstance(value, bool)):
+            raise ValueError('"rating" is no finite number')
+    return tuple(bool(value) if kind == "thumbs" else value for value in values)
+
+
+def read_record(record, wanted: str) -> tuple:
+    """A line's bytes, or an object -> its kind, the form of its texts, its row, and the fields that
+    were not read. Raises ValueError, with the reason, where it cannot be used.
+    """
+    record = parse(record) if isinstance(record, bytes) else record
+    if not isinstance(record, dict):
+        raise ValueError("not a JSON object")
+    kind, fields = kind_of(record, wanted)
+    texts, prompt = [record[name] for name in fields], record.get("prompt")
+    if "system" in record or any(isinstance(text, list) for text in [*texts, prompt]):
+        form, row = "conversations", conversation_row(record, fields)
+    elif prompt is None:
+        form, row = NO_PROMPT, split_texts([*map(check_text, texts, fields)], fields)
+    else:
+        form, row = "texts", (*map(check_text, [prompt, *texts], ["prompt", *fields]),)
+    if kind == "pairs" and row[1].split() == row[2].split():
+        raise ValueError('"chosen" equals "rejected"' + " but for white space" * (row[1] != row[2]))
+    read = {"prompt", "system", *fields, *VALUES.get(kind, ())}
+    return kind, form, row + value_of(record, kind), [name for name in record if name not in read]

@@ -5,12 +5,14 @@ import math
 from dataclasses import dataclass, field, fields
 
 
-def flag(default, help, choices=(), zero=False, below=math.inf, name=""):
+def flag(default, help, choices=(), zero=False, below=math.inf, name="", own=None):
     """A field of a Config that is a flag of the command line, --its-name if none other is given.
 
     choices: all that may be said. Numbers must be positive, or with zero=True not negative.
+    own: the default for somebody's own data, if it is another than the village's.
     """
     limits = {"help": help, "choices": choices, "zero": zero, "below": below, "name": name}
+    limits["own"] = own
     return field(default=default, metadata=limits)
 
 
@@ -39,17 +41,24 @@ def read_config(cls, script):
     parser = argparse.ArgumentParser(prog=script, allow_abbrev=False)
     parser.error = refuse
     for f in fields(cls):
-        default, text = f.default, f.metadata["help"].replace("%", "%%")
+        text = f.metadata["help"].replace("%", "%%")
         if f.type is bool:
             parser.add_argument(names[f.name], dest=f.name, action="store_true", help=text)
         else:
-            text += f" (default: {default})" if default != "" else ""
+            own = f", with your own data {own}" if (own := f.metadata["own"]) else ""
+            text += f" (default: {f.default}{own})" if f.default != "" else ""
             parser.add_argument(
-                names[f.name], dest=f.name, type=f.type, default=default, help=text,
+                names[f.name], dest=f.name, type=f.type, help=text, default=argparse.SUPPRESS,
                 metavar="|".join(f.metadata["choices"]) or f.type.__name__.upper(),
             )  # fmt: skip
-    config = cls(**vars(parser.parse_args()))
-    for f in fields(cls):
+    said = vars(parser.parse_args())
+    is_own = said.get("pairs") or said.get("sft")
+    for name in ("held_out", "skip_bad", "max_bad"):
+        if said.get(name) and not is_own:
+            refuse(f"{names[name]} is for files of your own")
+    own = {f.name: f.metadata["own"] for f in fields(cls) if f.metadata["own"] is not None}
+    config = cls(**(own if is_own else {}) | said)
+    for f in [f for f in fields(cls) if f.name in said]:
         value, limits = getattr(config, f.name), f.metadata
         if limits["choices"] and value not in limits["choices"]:
             choices = ", ".join(limits["choices"])

@@ -11,7 +11,8 @@ import random
 import torch
 
 import dpo
-from lab import evaluate, files, runs, village
+from lab import evaluate, runs, village
+from lab.own import OwnFile
 from responses import sample_responses
 
 
@@ -70,22 +71,33 @@ class OwnData:
 
     def __init__(self, policy, reference, tokenizer, config):
         self.models, self.config = (policy, reference, tokenizer), config
+        file = OwnFile(config.pairs, "pairs", config, config.held_out)
+        if file.kind == "thumbs" and getattr(config, "loss", "dpo") != "kto":
+            raise SystemExit(
+                f"{config.pairs} has labels of single responses, which make no pairs: train on it "
+                "with python variants/train_variant.py --loss kto"
+            )
         block_size = reference.config.block_size
-        self.texts = files.own_preferences(config, tokenizer, block_size)
-        train, held_out = self.texts
-        prompts = list(dict.fromkeys(prompt for prompt, *_ in held_out))
+        self.texts = file.split(tokenizer, block_size)
+        self.file = file.report
+        if file.learnt["conversations"] != policy.learnt.get("conversations", False):
+            what = "no conversations" if file.learnt["conversations"] else "conversations"
+            print(f"the model has learnt {what}, but {config.pairs} has {file.form}")
+        policy.learnt = file.learnt
+        config.max_new_tokens = config.max_new_tokens or file.answer_tokens
+        prompts = list(dict.fromkeys(prompt for prompt, *_ in self.texts[1]))
         longest = block_size - config.max_new_tokens
         short = [prompt for prompt in prompts if len(tokenizer.encode_ordinary(prompt)) <= longest]
         print(
-            f"{len(train)} pairs to train on, {len(held_out)} held out; {len(short)} of their "
-            f"{len(prompts)} prompts leave room for --max-new-tokens {config.max_new_tokens}"
+            f"{len(short)} of {len(prompts)} held-out prompts leave room for --max-new-tokens "
+            f"{config.max_new_tokens}"
         )
         if not short:
             raise SystemExit("no held-out prompt has room for a response: lower --max-new-tokens")
         self.prompts = short[:480]  # as many samples as the village's probe() draws
 
     def pairs(self):
-        """-> (rows to train on, rows held out), as files.own_preferences() has them."""
+        """-> (rows to train on, rows held out): (prompt, chosen, rejected), or thumbs for KTO."""
         return self.texts
 
     def probe(self):
@@ -96,7 +108,7 @@ class OwnData:
 
     def report(self):
         evaluate.print_answers(*self.models, self.prompts[:8], self.config)
-        return self.probe()
+        return self.probe() | {"file": self.file}
 
 
 def sample_pairs(reference, tokenizer, config, questions):

@@ -16,8 +16,8 @@ import model as gpt
 # Flags that say where files lie or how a policy is measured. A run that differs in them only
 # computes the same, and --resume takes it up.
 NOT_COMPUTED = set(
-    "out init device resume pairs skip_bad corpus sft num_pairs max_new_tokens "
-    "eval_questions eval_samples".split()
+    "out init device resume pairs held_out skip_bad max_bad corpus sft num_pairs "
+    "max_new_tokens eval_questions eval_samples".split()
 )
 
 

@@ -29,7 +29,7 @@ def parrots(tokenizer, monkeypatch):
     def load(path):
         ids, _ = data.encode(tokenizer, "", texts[path])
         say = lambda prompts, end, limit, *_, **__: [ids[:limit]]  # noqa: E731
-        return SimpleNamespace(generate=say), tokenizer
+        return SimpleNamespace(generate=say, learnt={}), tokenizer
 
     monkeypatch.setattr(chat.runs, "load_checkpoint", load)
     return texts
@@ -65,9 +65,35 @@ def run(monkeypatch, capsys):
 def test_an_answer_has_its_true_reward_in_front(parrots, run):
     parrots["a.pt"] = " " + KIND
     assert run("a.pt", QUESTION) == f"+3  {KIND}\n"
-    assert run("a.pt", f" {QUESTION} ") == f"+3  {KIND}\n"
+    assert run("a.pt", f" {QUESTION}") == f"{KIND}\n"  # asked as it is, so another prompt
     assert run("a.pt", *QUESTION.split()) == f"+3  {KIND}\n"  # without quotes
     assert run("a.pt", "Who is there?") == f"{KIND}\n"  # nobody knows its reward
+
+
+@pytest.mark.parametrize(
+    "learnt, prompt, limit",
+    [
+        ({}, "  Who is it? ", 24),
+        ({"conversations": False, "answer_tokens": 7}, "  Who is it? ", 7),
+        ({"conversations": True, "answer_tokens": 9}, "User: Who is it?\n\nAssistant:", 9),
+    ],
+)
+def test_a_question_is_asked_as_the_checkpoint_has_learnt(
+    tokenizer, run, monkeypatch, learnt, prompt, limit
+):
+    """What is typed is kept; a model of conversations sees it as a user's turn."""
+    asked = []
+
+    def generate(prompts, end, limit, temperature, generator):
+        asked.append((tokenizer.decode(prompts[0]), limit))
+        return [[end]]
+
+    model = SimpleNamespace(generate=generate, learnt=learnt)
+    monkeypatch.setattr(chat.runs, "load_checkpoint", lambda path: (model, tokenizer))
+    run("a.pt", "  Who is it? ")
+    run("a.pt", typed=b"  Who is it? \n\n")
+    run("a.pt", "  Who is it? ", "--max-new-tokens=3")
+    assert asked == [(prompt, limit), (prompt, limit), (prompt, 3)]
 
 
 def test_a_garbled_answer_and_one_cut_off_score_minus_three(parrots, run):

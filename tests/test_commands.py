@@ -21,6 +21,7 @@ import train_sft
 from experiments import compare, frontier
 from lab import runs, village
 from lab.pairs import check_village_fits
+from tools import chat
 from variants import train_grpo, train_rlhf, train_selfplay, train_variant
 
 TOY_DPO = ["--num-pairs=48", "--batch-size=8", "--eval-questions=2", "--eval-samples=3"]
@@ -99,6 +100,54 @@ def test_the_pipeline_on_somebodys_own_text_and_pairs(monkeypatch, capsys, tmp_p
     assert "E[reward]" not in printed
     report = json.loads((tmp_path / "out" / "dpo.json").read_text())
     assert {"held-out/loss", "held-out/accuracy", "fresh/kl", "fresh/cut-off"} <= {*report}
+    assert report["file"]["read"] == 18 == report["file"]["trained"] + report["file"]["held_out"]
+    learnt = gpt.load(tmp_path / "out" / "dpo.pt")[0].learnt
+    assert report["config"]["max_new_tokens"] == learnt["answer_tokens"]
+
+
+def test_conversations_go_through_one_template_from_fine_tuning_to_chat(
+    monkeypatch, capsys, tmp_path
+):
+    """A model that is asked as it was trained gives its only answer."""
+    (tmp_path / "my.txt").write_text(" ".join(village.stories(300, seed=0)) + " User: Who?" * 60)
+    users = [{"role": "user", "content": f"Who is {name}?"} for name in village.NAMES]
+    friend, nobody = ({"role": "assistant", "content": text} for text in ("A friend.", "Nobody."))
+    names = ("prompt", "chosen", "rejected")
+    files = {
+        "my": [{"messages": [user, friend]} for user in users],
+        "chat": [dict(zip(names, ([user], [friend], [nobody]))) for user in users],
+        "plain": [dict(zip(names, (user["content"], " A friend.", " Nobody."))) for user in users],
+    }
+    for name, rows in files.items():
+        (tmp_path / f"{name}.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    own = [f"--corpus={tmp_path}/my.txt", f"--sft={tmp_path}/my.jsonl", "--vocab-size=400"]
+    small = ["--pretrain-steps=9", "--steps=120", "--n-embd=32", "--n-layer=1", "--lr=0.01"]
+    run_main(monkeypatch, train_sft, f"--out={tmp_path}", *own, *small)
+    learnt = gpt.load(tmp_path / "sft.pt")[0].learnt
+    assert learnt["conversations"] and gpt.load(tmp_path / "pretrained.pt")[0].learnt == {}
+    capsys.readouterr()
+    for name in ("chat", "plain"):
+        flags = [f"--out={tmp_path}", f"--pairs={tmp_path}/{name}.jsonl", "--lr=1e-5"]
+        run_main(monkeypatch, train_dpo, *flags)
+        said = "the model has learnt conversations, but" in capsys.readouterr().out
+        assert said == (name == "plain")
+        assert gpt.load(tmp_path / "dpo.pt")[0].learnt["conversations"] == (name == "chat")
+    line = ["chat.py", f"{tmp_path}/sft.pt", users[0]["content"], "--temperature=0"]
+    monkeypatch.setattr(sys, "argv", line)
+    chat.main()
+    assert capsys.readouterr().out == "A friend.\n"
+
+
+def test_thumbs_are_refused_by_dpo(finished, monkeypatch, tmp_path):
+    rows = [{"prompt": f"{i}?", "completion": " a", "label": i > 9} for i in range(20)]
+    (tmp_path / "thumbs.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    flags = [
+        f"--init={finished[0]}/sft.pt",
+        f"--out={tmp_path}",
+        f"--pairs={tmp_path}/thumbs.jsonl",
+    ]
+    message = refusal(run_main, monkeypatch, train_dpo, *flags)
+    assert "thumbs.jsonl has labels of single responses" in message and "--loss kto" in message
 
 
 @pytest.mark.parametrize(
@@ -107,6 +156,9 @@ def test_the_pipeline_on_somebodys_own_text_and_pairs(monkeypatch, capsys, tmp_p
         (["--beat=1"], "unrecognized arguments: --beat=1"),
         (["--be=1"], "unrecognized arguments"),
         (["--beta=x"], "invalid float value: 'x'"),
+        (["--held-out=my.jsonl"], "--held-out is for files of your own"),
+        (["--skip-bad"], "--skip-bad is for files of your own"),
+        (["--pairs=my.jsonl", "--max-bad=1"], "--max-bad must be positive and below 1, not 1.0"),
         (["--beta=0"], "--beta must be positive, not 0.0"),
         (["--beta=-1"], "--beta must be positive"),
         (["--beta=nan"], "--beta must be positive, not nan"),
@@ -138,7 +190,7 @@ def test_a_bad_pairs_file_stops_before_any_work(finished, monkeypatch, tmp_path)
     pairs.write_text('{"prompt": "a"}\n')
     flags = [f"--init={finished[0] / 'sft.pt'}", f"--out={tmp_path}", f"--pairs={pairs}"]
     message = refusal(run_main, monkeypatch, train_dpo, *flags)
-    assert f'{pairs}, line 1: no "chosen"' in message
+    assert f'{pairs}, line 1: the fields are "prompt"; wanted' in message
     assert [path.name for path in tmp_path.iterdir()] == ["pairs.jsonl"]
     flags[-1] = "--pairs=nowhere.jsonl"
     assert "nowhere.jsonl" in refusal(run_main, monkeypatch, train_dpo, *flags)

@@ -39,6 +39,14 @@ def test_the_border_between_prompt_and_response_is_exact(tokenizer):
     assert tokenizer.decode([i for i, scored in zip(ids, mask) if scored]) == "ra" + data.END
 
 
+def test_the_template_by_hand():
+    """White space around a turn is left out, within it is kept."""
+    roles, said = ("system", "user", "assistant", "user"), ("Be kind.", " Hi.\n", "A\n\nb.", "Who?")
+    messages = [{"role": role, "content": content} for role, content in zip(roles, said)]
+    prompt = "System: Be kind.\n\nUser: Hi.\n\nAssistant: A\n\nb.\n\nUser: Who?\n\nAssistant:"
+    assert data.apply_template(messages, " Ada. ", "Bob.") == (prompt, " Ada.", " Bob.")
+
+
 def test_collate_by_hand():
     ids, mask = data.collate([([5, 6, 7, 9], [False, False, True, True]), ([5, 9], [False, True])])
     assert ids.tolist() == [[5, 6, 7, 9], [5, 9, 0, 0]]

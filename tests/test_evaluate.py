@@ -10,7 +10,8 @@ import torch
 import data
 import dpo
 import responses
-from lab import evaluate, files, village
+from lab import evaluate, village
+from lab.own import OwnFile
 from lab.pairs import noise_limits, sample_pairs, write_pairs
 
 
@@ -148,8 +149,8 @@ def test_noise_limits_by_hand():
 def test_pairs_are_written_as_they_are_read(tokenizer, tmp_path):
     pairs = [("Which pet?", " Good!", " Bad “é”\n."), ("Whose?", " Yes.", " No.")]
     write_pairs(f"{tmp_path}/pairs.jsonl", pairs)
-    fields = ("prompt", "chosen", "rejected")
-    assert files.read_jsonl(f"{tmp_path}/pairs.jsonl", fields, tokenizer, 64) == pairs
+    file = OwnFile(f"{tmp_path}/pairs.jsonl", "pairs", SimpleNamespace(skip_bad=False, max_bad=0.1))
+    assert [row for _, row in file.rows] == pairs
     assert [path.name for path in tmp_path.iterdir()] == ["pairs.jsonl"]
 
 

@@ -1,5 +1,6 @@
 """tools/gpt2.py against transformers itself, on random weights; skipped where it is missing."""
 
+import copy
 import json
 import os
 import random
@@ -240,6 +241,42 @@ def test_out_through_transformers_and_in_again_is_the_same_to_the_bit(
     assert state["tokenizer"] == state_again["tokenizer"] and model.config == again.config
     for weight, other in zip(model.parameters(), again.parameters(), strict=True):
         assert torch.equal(weight, other)
+
+
+@pytest.mark.parametrize("saved_by", ["us", "transformers"])
+def test_transformers_asks_a_conversation_as_we_do(
+    transformers, checkpoint, tmp_path, run, saved_by
+):
+    """The chat template gives the ids that fine-tuning scores and that sampling starts from."""
+    _, model, tokenizer = checkpoint
+    model = copy.deepcopy(model)
+    model.learnt = {"conversations": True, "answer_tokens": 7}
+    gpt.save(tmp_path / "chat.pt", model, tokenizer=data.tokenizer_state(tokenizer))
+    run("export", tmp_path / "chat.pt", folder := tmp_path / "folder")
+    theirs = transformers.AutoTokenizer.from_pretrained(folder)
+    if saved_by == "transformers":  # as after a training there
+        theirs.save_pretrained(folder)
+        transformers.GenerationConfig.from_pretrained(folder).save_pretrained(folder)
+    assert transformers.GenerationConfig.from_pretrained(folder).max_new_tokens == 7
+    said = " Be kind.", "Who is Ada?\n", "(A smith)\n\n: so.", "‘Where’?"
+    roles = "system", "user", "assistant", "user"
+    messages = [{"role": role, "content": content} for role, content in zip(roles, said)]
+    for start in (0, 1, 3):
+        prompt, response = data.apply_template(messages[start:], " 1. By the hill!\n")
+        ids, mask = data.encode(tokenizer, prompt, response)
+        asked = theirs.apply_chat_template(messages[start:], add_generation_prompt=True)
+        assert asked["input_ids"] == ids[: mask.index(True)]
+        answer = {"role": "assistant", "content": " 1. By the hill!\n"}
+        assert theirs.apply_chat_template([*messages[start:], answer])["input_ids"] == ids
+    run("import", folder, tmp_path / "back.pt")
+    assert gpt.load(tmp_path / "back.pt")[0].learnt == model.learnt
+
+
+def test_an_export_of_texts_has_no_chat_template(transformers, checkpoint, tmp_path, run):
+    run("export", checkpoint[0], tmp_path / "folder")
+    assert transformers.AutoTokenizer.from_pretrained(tmp_path / "folder").chat_template is None
+    run("import", tmp_path / "folder", tmp_path / "back.pt")
+    assert gpt.load(tmp_path / "back.pt")[0].learnt == {}
 
 
 # --- Mistakes -------------------------------------------------------------------------------------

@@ -97,10 +97,15 @@ def test_weights_are_tied_and_gpt2_sized():
 
 def test_checkpoints_round_trip_with_weights_only(model, tmp_path):
     model, path = model.float(), tmp_path / "model.pt"
+    model.learnt = {"conversations": True, "answer_tokens": 5}
     gpt.save(path, model, tokens=["a", "\xff"])
     assert [file.name for file in tmp_path.iterdir()] == ["model.pt"]
     loaded, state = gpt.load(path)
     assert state["tokens"] == ["a", "\xff"] and not loaded.training
+    assert loaded.learnt == model.learnt
+    del state["learnt"]  # as in the checkpoints of earlier versions
+    torch.save(state, path)
+    assert gpt.load(path)[0].learnt == {}
     ids = torch.tensor([[1, 2, 3]])
     assert torch.equal(loaded(ids), model(ids))
 

@@ -4,8 +4,10 @@
     python tools/chat.py out/dpo.pt              asks on, until an empty line
     python tools/chat.py out/sft.pt out/dpo.pt   what ends in .pt is a checkpoint, the rest is asked
 
-An answer is a sample: --temperature 1 is the policy itself, 0 its likeliest token every time. All
-start from the same --seed. In front of an answer to a village question stands its true reward.
+What is typed is asked as it is, but as a user's turn of a model that has learnt conversations; each
+question stands alone. An answer is a sample: --temperature 1 is the policy itself, 0 its likeliest
+token every time. All start from the same --seed. In front of an answer to a village question stands
+its true reward.
 """
 
 import argparse
@@ -16,6 +18,7 @@ from pathlib import Path
 import torch
 
 sys.path.insert(0, str(Path(__file__).parent.parent))  # run from anywhere
+import data
 from lab import runs, village
 
 
@@ -29,30 +32,33 @@ def read_arguments():
     parser.error = refuse
     parser.add_argument("words", nargs="*", metavar="CHECKPOINT.pt ... [QUESTION]")
     parser.add_argument("--temperature", type=float, default=1.0)
-    parser.add_argument("--max-new-tokens", type=int, default=24)
+    parser.add_argument("--max-new-tokens", type=int, help="default: as it has learnt, or 24")
     parser.add_argument("--seed", type=int, default=0)
     flags = parser.parse_intermixed_args()
     if flags.temperature != 0 and not 0.01 <= flags.temperature < math.inf:
         refuse(f"--temperature must be 0, or 0.01 or more, not {flags.temperature}")
-    if flags.max_new_tokens < 1:
+    if flags.max_new_tokens is not None and flags.max_new_tokens < 1:
         refuse(f"--max-new-tokens must be positive, not {flags.max_new_tokens}")
     if not 0 <= flags.seed < 2**63:
         refuse(f"--seed must be from 0 to 2^63 - 1, not {flags.seed}")
     flags.checkpoints = [word for word in flags.words if word.endswith(".pt")]
     asked = [word for word in flags.words if not word.endswith(".pt")]
-    flags.question = " ".join(asked).strip() if asked else None
+    flags.question = " ".join(asked) if asked else None
     if not flags.checkpoints:
         refuse("name a checkpoint, say out/dpo.pt")
-    if flags.question == "":
+    if asked and not flags.question.strip():
         refuse("the question is empty")
     return flags
 
 
 def answer(model, tokenizer, generator, question, flags):
     """A response as a line, its true reward in front. Raises ValueError where it does not fit."""
-    prompt, end = tokenizer.encode_ordinary(question), tokenizer.eot_token
-    limits = flags.max_new_tokens, flags.temperature
-    (reply,) = model.generate([prompt], end, *limits, generator=generator)
+    prompt, learnt, end = question, model.learnt, tokenizer.eot_token
+    if learnt.get("conversations"):
+        (prompt,) = data.apply_template([{"role": "user", "content": question}])
+    prompt_ids = tokenizer.encode_ordinary(prompt)
+    limits = flags.max_new_tokens or learnt.get("answer_tokens", 24), flags.temperature
+    (reply,) = model.generate([prompt_ids], end, *limits, generator=generator)
     cut_off = reply[-1] != end
     text = tokenizer.decode(reply if cut_off else reply[:-1])
     line = text.strip() + " (cut off)" * cut_off
@@ -76,7 +82,7 @@ def speak(speakers, question, flags):
 def converse(speakers, flags):
     """Question after question; one that does not fit is no reason to stop."""
     sys.stdin.reconfigure(errors="replace")
-    while question := input("> ").strip():
+    while (question := input("> ")).strip():
         try:
             speak(speakers, question, flags)
         except ValueError as error:

@@ -175,10 +175,24 @@ def read_model(path, config):
     return model
 
 
+def read_learnt(folder):
+    """What an export says that the model has learnt; of others nothing is known."""
+    template = {}
+    if (folder / "tokenizer_config.json").exists():
+        template = read_json(folder / "tokenizer_config.json").get("chat_template")
+    if (folder / "chat_template.jinja").exists():  # where transformers itself writes it
+        template = (folder / "chat_template.jinja").read_text(encoding="utf-8")
+    limits = folder / "generation_config.json"
+    limit = read_json(limits).get("max_new_tokens") if limits.exists() else None
+    learnt = {"conversations": True} if template == data.JINJA_TEMPLATE else {}
+    return learnt | ({"answer_tokens": limit} if type(limit) is int and limit > 0 else {})
+
+
 def import_folder(folder, path):
     config = read_config(folder / "config.json")
     tokenizer = read_tokenizer(folder, config.vocab_size)
     model = read_model(folder / "model.safetensors", config)
+    model.learnt = read_learnt(folder)
     try:
         Path(path).parent.mkdir(parents=True, exist_ok=True)
         gpt.save(path, model, tokenizer=data.tokenizer_state(tokenizer))
@@ -232,21 +246,24 @@ def tokenizer_files(tokenizer):
     }
 
 
-def config_files(config, end):
+def config_files(config, end, learnt):
     """-> {file name: content} of what transformers has to know about model and tokenizer."""
+    template = {"chat_template": data.JINJA_TEMPLATE} if learnt.get("conversations") else {}
+    limit = {"max_new_tokens": learnt["answer_tokens"]} if "answer_tokens" in learnt else {}
     sizes = {theirs: getattr(config, ours) for ours, theirs in SIZES.items()}
     no_dropout = dict.fromkeys(("embd_pdrop", "attn_pdrop", "resid_pdrop"), 0.0)
     ends = {"bos_token_id": end, "eos_token_id": end}
     return {
         "config.json": {"architectures": ["GPT2LMHeadModel"]} | FIXED | sizes | no_dropout | ends,
-        "generation_config.json": ends,
+        "generation_config.json": ends | limit,
         "tokenizer_config.json": {
             "tokenizer_class": "PreTrainedTokenizerFast",
             "bos_token": data.END,
             "eos_token": data.END,
             "clean_up_tokenization_spaces": False,
             "model_max_length": config.block_size,
-        },
+        }
+        | template,
     }
 
 
@@ -265,7 +282,9 @@ def their_weights(model):
 def export_folder(path, folder):
     model, tokenizer = runs.load_checkpoint(path)
     files = {"model.safetensors": their_weights(model)}
-    files |= tokenizer_files(tokenizer) | config_files(model.config, tokenizer.eot_token)
+    files |= tokenizer_files(tokenizer) | config_files(
+        model.config, tokenizer.eot_token, model.learnt
+    )
     half = Path(f"{folder}.tmp")
     try:
         if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
