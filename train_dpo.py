@@ -89,7 +89,7 @@ def pair_losses(policy_chosen_logps, policy_rejected_logps, batch, config):
 
 
 def pair_metrics(policy_chosen_logps, policy_rejected_logps, batch, config):
-    """What is logged of a batch. A new metric is a line here: a mean over pairs, for --grad-accum.
+    """What is logged of a batch, (B,) each, to be averaged. A new metric is a line here.
 
     The rewards are computed here, and not by the loss, so that they mean the same for every loss.
     The accuracy of the first step says nothing: policy and reference are still one, so that every
@@ -97,14 +97,13 @@ def pair_metrics(policy_chosen_logps, policy_rejected_logps, batch, config):
     """
     chosen_rewards = config.beta * (policy_chosen_logps.detach() - batch.ref_chosen_logps)
     rejected_rewards = config.beta * (policy_rejected_logps.detach() - batch.ref_rejected_logps)
-    margins = chosen_rewards - rejected_rewards
     return {
-        "rewards/chosen": chosen_rewards.mean(),
-        "rewards/rejected": rejected_rewards.mean(),
-        "rewards/margins": margins.mean(),
-        "rewards/accuracies": (margins > 0).float().mean(),
-        "logps/chosen": policy_chosen_logps.detach().mean(),
-        "logps/rejected": policy_rejected_logps.detach().mean(),
+        "rewards/chosen": chosen_rewards,
+        "rewards/rejected": rejected_rewards,
+        "rewards/margins": chosen_rewards - rejected_rewards,
+        "rewards/accuracies": (chosen_rewards > rejected_rewards).float(),
+        "logps/chosen": policy_chosen_logps.detach(),
+        "logps/rejected": policy_rejected_logps.detach(),
     }
 
 
@@ -116,17 +115,16 @@ def train(policy, optimizer, pairs, config, loss_fn=pair_losses, start=0):
     batches = data.batches(len(pairs), config.batch_size, config.seed)
     for lr, rows in itertools.islice(zip(rates, batches), start, None):
         optimizer.param_groups[0]["lr"] = lr
-        metrics, count = {}, min(config.grad_accum, len(rows))
-        for k in range(count):
-            batch = pairs.take(rows[k::count])  # B pairs
-            share = len(batch) / len(rows)
+        parts = []
+        for k in range(min(config.grad_accum, len(rows))):
+            batch = pairs.take(rows[k :: config.grad_accum])  # B pairs
             logps = response_logps(policy, batch.chosen + batch.rejected)  # (2B,)
             policy_chosen_logps, policy_rejected_logps = logps.chunk(2)  # (B,) each
             losses = loss_fn(policy_chosen_logps, policy_rejected_logps, batch, config)  # (B,)
-            (share * losses.mean()).backward()
+            (losses.sum() / len(rows)).backward()
             part = pair_metrics(policy_chosen_logps, policy_rejected_logps, batch, config)
-            for name, value in ({"loss": losses.detach().mean()} | part).items():
-                metrics[name] = metrics.get(name, 0) + share * value
+            parts.append({"loss": losses.detach()} | part)
+        metrics = {name: torch.cat([part[name] for part in parts]).mean() for name in parts[0]}
         metrics["grad_norm"] = runs.finite_grad_norm(policy, metrics["loss"])
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
@@ -139,7 +137,7 @@ def held_out_metrics(policy, pairs, config, loss_fn=pair_losses):
         return {}
     logps = [response_logps_no_grad(policy, side) for side in (pairs.chosen, pairs.rejected)]
     loss = loss_fn(*logps, pairs, config).mean().item()
-    accuracy = pair_metrics(*logps, pairs, config)["rewards/accuracies"].item()
+    accuracy = pair_metrics(*logps, pairs, config)["rewards/accuracies"].mean().item()
     return {"held-out/loss": loss, "held-out/accuracy": accuracy}
 
 

@@ -490,10 +490,16 @@ def test_a_variants_metrics_are_in_units_of_the_evaluations_beta():
     batch = train_dpo.Pairs([], [], *ref)
     config = train_variant.config_of("ipo")(loss_beta=0.4)
     metrics = train_dpo.pair_metrics(*policy, batch, config)
-    expected = {"chosen": 2.6 / 3, "rejected": 2.6 / 3, "margins": 0, "accuracies": 1 / 3}
-    for name, value in expected.items():
-        assert metrics[f"rewards/{name}"] == pytest.approx(value, abs=1e-6)
-    assert metrics["logps/chosen"] == -4 and metrics["logps/rejected"] == -5
+    expected = {
+        "rewards/chosen": [1.3, 1.3, 0],
+        "rewards/rejected": [0.65, 1.95, 0],
+        "rewards/margins": [0.65, -0.65, 0],
+        "rewards/accuracies": [1, 0, 0],
+        "logps/chosen": [-3, -5, -4],
+        "logps/rejected": [-4, -6, -5],
+    }
+    for name, values in expected.items():
+        assert metrics[name].tolist() == pytest.approx(values, abs=1e-6)
 
 
 def test_kto_gets_z_from_the_mismatched_half():
