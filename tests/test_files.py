@@ -20,6 +20,7 @@ USER, ANSWER = {"role": "user", "content": "Which pet?"}, {"role": "assistant", 
 OTHER, EARLIER = ANSWER | {"content": "A dog."}, [USER | {"content": "Hi."}, ANSWER]
 CHAT = {"prompt": [USER], "chosen": [ANSWER], "rejected": [OTHER]}
 SYSTEM = {"role": "system", "content": " Be kind. "}
+FIELDS = "chosen", "rejected"
 LOUD = "USER: A\nASSISTANT:"
 HUMAN = "\n\nHuman: Hi.\n\nAssistant:"
 CHAT_ROW = ("User: Which pet?\n\nAssistant:", " A cat.", " A dog.")
@@ -49,6 +50,10 @@ def rows_of(tmp_path, content, wanted="pairs", **options):
         (CHAT, CHAT_ROW),
         (GOOD | {"chosen": [USER, ANSWER], "rejected": [USER, OTHER]}, CHAT_ROW),  # UltraFeedback
         ({"chosen": [USER, ANSWER], "rejected": [USER, OTHER]}, CHAT_ROW),
+        (
+            {"prompt": "Hi."} | {side: [*EARLIER, USER, *CHAT[side]] for side in FIELDS},
+            ("User: Hi.\n\nAssistant: A cat.\n\n" + CHAT_ROW[0], *CHAT_ROW[1:]),
+        ),
         (CHAT | {"prompt": "Which pet?"}, CHAT_ROW),
         (CHAT | {"chosen": "A cat."}, CHAT_ROW),
         (
@@ -159,7 +164,7 @@ def test_a_bad_line_is_named_and_stops_the_run(tmp_path, line, reason):
         (CHAT | {"chosen": [ANSWER | {"content": " "}]}, '"chosen" is empty'),
         (CHAT | {"chosen": [{"from": "x", "value": "A"}]}, 'turn of "chosen" has "from", "value"'),
         (CHAT | {"chosen": [*EARLIER, USER, ANSWER]}, "part before their last turns"),
-        (CHAT | {side: [EARLIER[0], CHAT[side][0]] for side in ("chosen", "rejected")},
+        (CHAT | {side: [EARLIER[0], CHAT[side][0]] for side in FIELDS},
          '"chosen" is a conversation that does not repeat "prompt"'),
         (CHAT | {"prompt": [USER, SYSTEM, USER]}, 'a turn of "system" may only be the first'),
         (CHAT | {"prompt": [SYSTEM, USER], "system": "y"}, 'a turn of "system" may only be'),

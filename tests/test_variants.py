@@ -536,7 +536,8 @@ def test_mismatched_examples_by_a_slow_search():
     """The next response to another prompt, also where one prompt fills many rows."""
     rng = random.Random(0)
     for size in (2, 3, 10, 60):
-        prompts = [0, 1, *(rng.randrange(2) for _ in range(size - 2))]
+        prompts = [0, 1, *(rng.randrange(2) for _ in range(size - 2)), size % 3 > 0]
+        size += 1
         examples = [([prompt, i], [False, True]) for i, prompt in enumerate(prompts, 10)]
         expected = []
         for i, prompt in enumerate(prompts):

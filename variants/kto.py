@@ -41,15 +41,16 @@ def mismatch(examples):
     another prompt."""
     prompts = [[i for i, scored in zip(*example) if not scored] for example in examples]
     responses = [[i for i, scored in zip(*example) if scored] for example in examples]
-    if examples and all(prompt == prompts[0] for prompt in prompts):
+    other = next((i for i, prompt in enumerate(prompts) if prompt != prompts[0]), None)
+    if examples and other is None:
         raise SystemExit("KTO needs two prompts to train on and two held out, of one in ten")
-    count, others, other = len(prompts), {}, 0
-    for i in [*reversed(range(count))] * 2:  # twice round, so that the last have one, too
-        following = (i + 1) % count
+    mismatched, following = [], 0
+    for i in reversed(range(len(prompts))):
         if prompts[following] != prompts[i]:
             other = following
-        others[i] = other
-    return [data.join_ids(prompts[i], responses[others[i]]) for i in range(count)]
+        mismatched.append(data.join_ids(prompts[i], responses[other]))
+        following = i
+    return mismatched[::-1]
 
 
 def add_reference_logps(reference, tokenizer, rows):
