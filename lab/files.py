@@ -92,7 +92,7 @@ def read_records(path: str, wanted: str) -> list[tuple]:
         in_brackets = content.lstrip().startswith(b"[") and isinstance(error, json.JSONDecodeError)
         if in_brackets and error.msg != "Extra data":
             raise SystemExit(f"{path} is no JSON array: {error.msg} at its line {error.lineno}")
-    lines = [(f"line {i}", b) for i, b in enumerate(content.split(b"\n"), 1) if b.strip()]
+    lines = [(f"line {i}", b) for i, b in enumerate(content.splitlines(), 1) if b.strip()]
     head = lines[0][1].decode(errors="replace") if lines else ""
     columns = [name.strip(' "\ufeff') for name in re.split("[,;\t]", head.strip())]
     known = {"prompt", "chosen", "rejected", "completion", "response", "messages", *NEAREST}
@@ -112,7 +112,9 @@ def parse(line: bytes):
         raise ValueError(f"not UTF-8 at its byte {error.start}: save the file as UTF-8")
     except json.JSONDecodeError as error:
         if error.msg == "Extra data" and text.startswith("{"):
-            first, _ = json.JSONDecoder().raw_decode(text)
+            first, end = json.JSONDecoder().raw_decode(text)
+            if text[end:].strip() == ",":
+                raise ValueError("a comma after the object: take it out, or put the file in [ ]")
             raise ValueError(
                 f"several objects, the first with {listed(first)}; wanted is one a line"
             )
@@ -140,7 +142,7 @@ def kind_of(record: dict, wanted: str) -> tuple[str, list[str]]:
 
 def check_text(text, name: str) -> str:
     if not isinstance(text, str):
-        raise ValueError(f'"{name}" is neither a text nor a conversation')
+        raise ValueError(f'"{name}" has {json.dumps(text)[:40]}, which is no text')
     if not text.strip():
         raise ValueError(f'"{name}" is empty')
     text.encode()  # half of a surrogate pair is a ValueError too
@@ -155,7 +157,8 @@ def turns_of(value, name: str, role: str) -> list[dict]:
     """A conversation -> its turns, checked. A text is a single turn of `role`."""
     turns = [{"role": role, "content": value}] if isinstance(value, str) else value
     if not isinstance(turns, list) or not all(isinstance(turn, dict) for turn in turns):
-        raise ValueError(f'"{name}" is neither a text nor a conversation')
+        found = json.dumps(turns)[:40]
+        raise ValueError(f'"{name}" has {found}, which is neither a text nor a list of turns')
     for turn in turns:
         if not {"role", "content"} <= {*turn}:
             raise ValueError(f'a turn of "{name}" has {listed(turn)}; wanted are "role", "content"')

@@ -130,6 +130,8 @@ class OwnFile:
             print(f"{self.path}: most responses begin without a space, {joined}")
         if 2 * sum(text.startswith(prompt) for prompt, text in texts) > len(texts):
             print(f"{self.path}: most responses repeat their prompts, which is learnt, too")
+        if len(rows) > len({*rows}):
+            print(f"{self.path}: {len(rows) - len({*rows})} repeat another, word for word")
         known = {*rows} if len(rows[0]) == 3 else {}
         opposite = [(p, a, not b) if self.kind == "thumbs" else (p, b, a) for p, a, b in known]
         if count := sum(row in known for row in opposite):
@@ -172,7 +174,9 @@ def hold_out(rows, path):
     hashes = {turn: hashlib.sha256(turn.encode()).digest() for turn in turns}
     ranked = sorted(hashes, key=hashes.get)
     if len(ranked) < 2:
-        raise SystemExit(f"{path}: one prompt is too few, since one in every ten is held out")
+        raise SystemExit(
+            f"{path}: one prompt is too few, since one in ten is held out; or bring --held-out"
+        )
     held = {turn for turn in ranked if hashes[turn][0] < 26}  # of 256
     least = min(2, len(ranked) // 2)
     if not least <= len(held) <= len(ranked) - least:

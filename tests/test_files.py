@@ -112,9 +112,10 @@ def test_each_shape_of_demonstrations_becomes_the_row_that_it_should(tmp_path, r
         (b"\xff{}", "not UTF-8 at its byte 0"),
         (b"[" * 100_000, "recursion"),
         (json.dumps(GOOD) * 2, 'several objects, the first with "prompt", "chosen", "rejected"'),
-        (GOOD | {"chosen": None}, '"chosen" is neither a text nor a conversation'),
-        (GOOD | {"chosen": 7}, '"chosen" is neither'),
-        (GOOD | {"chosen": ["A cat."]}, '"chosen" is neither'),
+        (GOOD | {"chosen": None}, '"chosen" has null, which is no text'),
+        (GOOD | {"chosen": ANSWER}, '"chosen" has {"role": "assistant", "content":'),
+        (GOOD | {"chosen": ["A"]}, '"chosen" has ["A"], which is neither a text nor a list of turns'),
+        (json.dumps(GOOD) + ",", "a comma after the object"),
         (GOOD | {"prompt": ""}, '"prompt" is empty'),
         (GOOD | {"rejected": " \n"}, '"rejected" is empty'),
         (GOOD | {"rejected": " A cat."}, '"chosen" equals "rejected"'),
@@ -160,7 +161,7 @@ def test_a_bad_line_is_named_and_stops_the_run(tmp_path, line, reason):
         (CHAT | {"chosen": []}, '"chosen" ends with a turn of none'),
         (CHAT | {"chosen": [ANSWER | {"role": "gpt"}]}, '"chosen" has a turn of "gpt"; there are'),
         (CHAT | {"chosen": [ANSWER | {"role": ["user"]}]}, '"chosen" has a turn of "[\'user\']"'),
-        (CHAT | {"chosen": [ANSWER | {"content": None}]}, '"chosen" is neither a text nor'),
+        (CHAT | {"chosen": [ANSWER | {"content": [1]}]}, '"chosen" has [1], which is no text'),
         (CHAT | {"chosen": [ANSWER | {"content": " "}]}, '"chosen" is empty'),
         (CHAT | {"chosen": [{"from": "x", "value": "A"}]}, 'turn of "chosen" has "from", "value"'),
         (CHAT | {"chosen": [*EARLIER, USER, ANSWER]}, "part before their last turns"),
@@ -168,7 +169,7 @@ def test_a_bad_line_is_named_and_stops_the_run(tmp_path, line, reason):
          '"chosen" is a conversation that does not repeat "prompt"'),
         (CHAT | {"prompt": [USER, SYSTEM, USER]}, 'a turn of "system" may only be the first'),
         (CHAT | {"prompt": [SYSTEM, USER], "system": "y"}, 'a turn of "system" may only be'),
-        (CHAT | {"system": 5}, '"system" is neither a text'),
+        (CHAT | {"system": 5}, '"system" has 5, which is no text'),
     ],
 )  # fmt: skip
 def test_a_bad_conversation_is_named(tmp_path, record, reason):
@@ -202,7 +203,8 @@ def test_lines_arrays_gzip_and_pipes_hold_the_same(tmp_path):
     lines = "\n".join(json.dumps(record, ensure_ascii=False) for record in records)
     expected = [tuple(record.values()) for record in records]
     array = json.dumps(records, indent=2)
-    for text in (lines, "\ufeff" + lines.replace("\n", "\r\n\r\n  \n"), array, "\n" + array):
+    mac = lines.replace("\n", "\r")
+    for text in (lines, mac, "\ufeff" + lines.replace("\n", "\r\n\r\n  \n"), array, "\n" + array):
         assert rows_of(tmp_path, text) == expected
         assert rows_of(tmp_path, gzip.compress(text.encode())) == expected
 
@@ -254,12 +256,14 @@ def test_what_is_odd_is_said_once(tmp_path, tokenizer, capsys):
     plain = [GOOD | {"prompt": f"{i}?"} for i in range(30)]
     quiet = printed(plain)
     assert "30 read\n" in quiet and " pairs to train on, " in quiet and "space" not in quiet
+    assert "repeat another" not in quiet
     glued = [r | {"chosen": "A cat.", "rejected": "A dog."} for r in plain]
     assert (
         printed(glued).count("begin without a space, and are joined as they are: '0?A cat.'") == 1
     )
     repeated = [r | {"chosen": r["prompt"] + " A", "rejected": r["prompt"] + " B"} for r in plain]
     assert "repeat their prompts" in printed(repeated)
+    assert "2 repeat another, word for word" in printed([*plain, *plain[:2]])
     more = [r | {"score": 1, "id": "x", "system_prompt": "Be kind."} for r in plain]
     assert printed(more).count('not read: "score", "id", "system_prompt"\n') == 1
     implicit = [{"chosen": f"{i}? One", "rejected": f"{i}? Two"} for i in range(30)]
