@@ -23,6 +23,7 @@ import data
 from dpo import dpo_loss
 from lab import evaluate, flags, runs
 from lab.flags import flag
+from lab.metrics import means
 from lab.pairs import OwnData, Village
 from responses import response_logps, response_logps_no_grad
 
@@ -32,11 +33,11 @@ class Config(evaluate.Config):
     """The settings of DPO. Inherited: seed, out, device, dtype, init, max_new_tokens, eval_*."""
 
     beta: float = flag(0.5, "β of Eq. 7, and of Eq. 3, by which the report judges the policy")
-    lr: float = flag(6e-3, "highest learning rate; the README compares it with lower and higher")
-    optimizer: str = flag("sgd", "adamw needs a far lower --lr", ("sgd", "adamw"))
+    lr: float = flag(6e-3, "highest rate; for your own data by the responses' length", own=0)
+    optimizer: str = flag("sgd", "adamw needs a far lower --lr", ("sgd", "adamw"), own="adamw")
     momentum: float = flag(0.9, "momentum of sgd", zero=True, below=1)
-    epochs: int = flag(1, "passes over the pairs; more than one overfits noisy labels")
-    batch_size: int = flag(64, "pairs in each step")
+    epochs: int = flag(1, "passes over the pairs; more than one overfits noisy labels", own=3)
+    batch_size: int = flag(64, "pairs in each step", own=16)
     grad_accum: int = flag(1, "parts of a batch, each with its backward pass: takes less memory")
     num_pairs: int = flag(24_000, "pairs to sample in the village; with fewer, facts stay unlearnt")
     pairs: str = flag("", "your own preference file, in place of the village's pairs")
@@ -132,13 +133,14 @@ def train(policy, optimizer, pairs, config, loss_fn=pair_losses, start=0):
 
 
 def held_out_metrics(policy, pairs, config, loss_fn=pair_losses):
-    """Loss and accuracy on pairs that no step has seen; nothing where there are none."""
+    """Loss and accuracy on pairs that no step has seen, with standard errors; nothing where there
+    are none."""
     if not pairs.chosen:
         return {}
     logps = [response_logps_no_grad(policy, side) for side in (pairs.chosen, pairs.rejected)]
-    loss = loss_fn(*logps, pairs, config).mean().item()
-    accuracy = pair_metrics(*logps, pairs, config)["rewards/accuracies"].mean().item()
-    return {"held-out/loss": loss, "held-out/accuracy": accuracy}
+    losses = loss_fn(*logps, pairs, config)  # (N,)
+    right = pair_metrics(*logps, pairs, config)["rewards/accuracies"]  # (N,)
+    return means("held-out/loss", losses) | means("held-out/accuracy", right)
 
 
 @torch.no_grad()
@@ -184,10 +186,13 @@ def main():
     def measure():
         return held_out_metrics(policy, held_out, config) | source.probe()
 
+    if config.pairs:
+        run.measure_start(measure)
     steps = count_steps(config, len(pairs))
     for metrics in run.track(train(policy, optimizer, pairs, config, start=run.step), steps):
         run.log(metrics, measure)  # measures, and saves the policy, ten times in a run
     run.finish(held_out_metrics(policy, held_out, config) | source.report())
+    print(f"to see it: python experiments/curves.py {config.out}")
 
 
 if __name__ == "__main__":

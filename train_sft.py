@@ -9,6 +9,7 @@ Writes out/pretrained.pt and out/sft.pt; beside each a .jsonl with the metrics o
 """
 
 import itertools
+import math
 from dataclasses import dataclass
 
 import torch
@@ -36,10 +37,17 @@ class Config(flags.Config):
     n_layer: int = flag(2, "layers; two learn all facts of the village in a minute")
     n_head: int = flag(4, "attention heads")
     n_embd: int = flag(128, "width of the model")
-    pretrain_steps: int = flag(500, "steps of pretraining, on half as many rows as --batch-size")
+    pretrain_steps: int = flag(
+        500, "steps of pretraining, on half as many rows as --batch-size", zero=True, own=0
+    )
     pretrain_lr: float = flag(5e-3, "highest learning rate of pretraining")
     context: int = flag(64, "tokens of a pretraining row, about two stories")
-    steps: int = flag(800, "steps of fine-tuning; after fewer, more answers are garbled")
+    steps: int = flag(
+        800, "steps of fine-tuning; after fewer, more answers are garbled", zero=True, own=0
+    )
+    max_epochs: int = flag(
+        20, "passes of each training over your own data, where no steps are given"
+    )
     lr: float = flag(3e-3, "highest learning rate of fine-tuning")
     batch_size: int = flag(64, "examples in each step of fine-tuning")
 
@@ -86,15 +94,25 @@ def cut_rows(tokenizer, texts, context):
 
 
 def fit(run, examples, held_out, batch_size, steps, lr):
-    """Take one of the two trainings to its end -> its loss on examples that it has not seen."""
+    """Take one of the two trainings to its end -> its loss on examples that it has not seen. Of
+    somebody's own data it takes epochs in place of no steps, and keeps the best weights."""
+    steps = steps or run.config.max_epochs * math.ceil(len(examples) / batch_size)
     batches = data.batches(len(examples), batch_size, run.config.seed)
     rates = data.learning_rates(lr, steps)
     training = train_supervised(run.model, run.optimizer, examples, batches, rates, run.step)
+
+    def measure():
+        loss = cross_entropy(response_logps_no_grad(run.model, held_out), held_out)
+        return {"held-out/loss": loss.item()}
+
+    if run.config.sft:
+        run.best.patience = 2
+        run.measure_start(measure)
     for metrics in run.track(training, steps):
-        run.log(metrics)
-    loss = cross_entropy(response_logps_no_grad(run.model, held_out), held_out).item()
-    print(f"{run.name}: {loss:.3f} nats a token on held-out text")
-    return {"held-out/loss": loss}
+        run.log(metrics, measure if run.config.sft else dict)
+    found = measure()
+    print(f"{run.name}: {found['held-out/loss']:.3f} nats a token on held-out text")
+    return found
 
 
 def check_sizes(config):

@@ -1,8 +1,9 @@
 """`python experiments/curves.py out/0 out/1 ...`: the first run's metrics as a picture, and the
-figures of all these runs as tables."""
+figures of all these runs as tables. Of runs on somebody's own pairs, the first one's picture."""
 
 import argparse
 import json
+import math
 import statistics
 from pathlib import Path
 
@@ -22,8 +23,6 @@ def read_run(folder, name):
         report = json.loads((Path(folder) / f"{name}.json").read_text())
     except FileNotFoundError as error:
         raise SystemExit(f"there is no {error.filename}: no training has come to its end there")
-    if "optimum" not in report:
-        raise SystemExit(f"{folder} is a run on somebody's own pairs: there is no true reward")
     return [json.loads(line) for line in lines], report
 
 
@@ -37,17 +36,26 @@ def plot(axis, steps, name, color):
 
 
 def draw(steps, report, path):
-    """A panel for each kind of metric, its name before the slash. New ones are drawn, too."""
-    pairs, best = report["pairs"], report["optimum"]
-    limits = {"rewards/accuracies": pairs["best_accuracy"]}
-    limits |= {"loss": pairs["best_loss"]} if "loss_beta" not in report["config"] else {}
-    limits |= {f"fresh/{name}": best[name] for name in ("reward", "kl")}
-    start = {f"fresh/{name}": report["reference"][name] for name in ("reward", "kl", "garbled")}
+    """A panel for each kind of metric, its name before the slash. New ones are drawn, too.
+
+    Of somebody's own pairs each of what is measured on the way has a panel, and ln 2 is dotted: the
+    loss of who cannot tell chosen from rejected.
+    """
+    is_own = "optimum" not in report
+    if is_own:
+        start, limits = report["start"], {"held-out/loss": math.log(2)}
+    else:
+        pairs, best = report["pairs"], report["optimum"]
+        limits = {"rewards/accuracies": pairs["best_accuracy"]}
+        limits |= {"loss": pairs["best_loss"]} if "loss_beta" not in report["config"] else {}
+        limits |= {f"fresh/{name}": best[name] for name in ("reward", "kl")}
+        start = {f"fresh/{name}": report["reference"][name] for name in ("reward", "kl", "garbled")}
     steps = [{"step": 0} | start, *steps]
     panels = {}
     for name in dict.fromkeys(name for line in steps[1:] for name in line):
-        if name not in ("step", "grad_norm", "lr"):
+        if name not in ("step", "grad_norm", "lr") and not name.endswith("_se"):
             kind = name if name.endswith("accuracies") else name.split("/")[0]
+            kind = name if is_own and kind in ("held-out", "fresh") else kind
             panels.setdefault(kind, []).append(name)
     size = 3.5 * len(panels), 3.2
     figure, axes = plt.subplots(1, len(panels), figsize=size, layout="constrained")
@@ -111,6 +119,8 @@ def main():
     options = parser.parse_args()
     runs = [read_run(folder, options.name) for folder in options.folders]
     draw(*runs[0], options.picture or f"{options.folders[0]}/curves.svg")
+    if any("optimum" not in report for _, report in runs):
+        return
     print_optimum_tables([report for _, report in runs])
     print("± is", "the standard deviation over runs" if len(runs) > 1 else "one standard error")
     print_runs(options.folders, runs)

@@ -71,6 +71,20 @@ def read_config(cls, script):
     return config
 
 
+def used(config):
+    """The settings that a run has made use of, for its report."""
+    settings = vars(config)
+    village, own = (
+        {"num_pairs", "eval_questions", "eval_samples"},
+        {"held_out", "skip_bad", "max_bad"},
+    )
+    is_own = settings.get("pairs") or settings.get("sft")
+    idle = village if is_own else own | {"pairs", "sft", "corpus", "max_epochs"}
+    idle |= {"momentum"} if settings.get("optimizer") == "adamw" else set()
+    idle |= {name for name in ("pretrain_steps", "steps") if not settings.get(name)}
+    return {name: value for name, value in settings.items() if name not in idle}
+
+
 def command(main, hint="the files already written are whole"):
     """Run a script; Ctrl-C, a full disk, or a model that blew up ends it in one line."""
     try:

@@ -65,7 +65,8 @@ class OwnFile:
 
     def fitting(self, tokenizer, block_size):
         """-> the rows that a model has room for, pairs in place of ratings. Notes as answer_tokens
-        how long 95 of 100 responses are at most."""
+        how long 95 of 100 responses are at most, and as mean_tokens how long they are on average.
+        """
         rows, self.rows, lengths = self.rows, [], []
         for place, row in rows:
             prompt, *texts = (tokenizer.encode_ordinary(t) for t in row if isinstance(t, str))
@@ -78,6 +79,7 @@ class OwnFile:
             lengths += responses
         self.check()
         self.answer_tokens = sorted(lengths)[math.ceil(0.95 * len(lengths)) - 1]
+        self.mean_tokens = sum(lengths) / len(lengths)
         rows = [row for _, row in self.rows]
         return best_and_worst(rows, self.path) if self.kind == "ratings" else rows
 

@@ -11,9 +11,11 @@ import random
 import torch
 
 import dpo
-from lab import evaluate, runs, village
+from lab import evaluate, metrics, village
 from lab.own import OwnFile
 from responses import sample_responses
+
+RATE_BY_TOKENS = 7.5e-4  # by trial on the sets of experiments/own_data.py, one seed each
 
 
 class Village:
@@ -35,7 +37,7 @@ class Village:
         if not self.config.resume:  # else they are there already, or the run is another one
             write_pairs(f"{self.config.out}/pairs.jsonl", pairs)
         limits = noise_limits(pairs)
-        print("the true reward itself, on these noisy labels:", runs.average([limits], limits))
+        print("the true reward itself, on these noisy labels:", metrics.average([limits], limits))
         self.limits = {"pairs": limits}
         return pairs, []
 
@@ -85,6 +87,7 @@ class OwnData:
             print(f"the model has learnt {what}, but {config.pairs} has {file.form}")
         policy.learnt = file.learnt
         config.max_new_tokens = config.max_new_tokens or file.answer_tokens
+        config.lr = config.lr or own_rate(config, file.mean_tokens)
         prompts = list(dict.fromkeys(prompt for prompt, *_ in self.texts[1]))
         longest = block_size - config.max_new_tokens
         short = [prompt for prompt in prompts if len(tokenizer.encode_ordinary(prompt)) <= longest]
@@ -95,20 +98,44 @@ class OwnData:
         if not short:
             raise SystemExit("no held-out prompt has room for a response: lower --max-new-tokens")
         self.prompts = short[:480]  # as many samples as the village's probe() draws
+        if file.kind != "thumbs":
+            self.file["longer_wins"] = share = longer_wins(self.texts[0])
+            print(f"the longer response is the chosen one in {share:.0%} of the pairs to train on")
 
     def pairs(self):
         """-> (rows to train on, rows held out): (prompt, chosen, rejected), or thumbs for KTO."""
         return self.texts
 
     def probe(self):
-        """How far the policy has gone, and whether it still ends its answers."""
+        """How far the policy has gone, whether it still ends its answers, and how long they are."""
+        _, _, tokenizer = self.models
         texts, log_ratios = evaluate.fresh_samples(*self.models, self.prompts, self.config)
-        cut_off = texts.count(None) / len(texts)
-        return {"fresh/kl": log_ratios.mean().item(), "fresh/cut-off": cut_off}
+        cut_off = torch.tensor([text is None for text in texts])
+        limit = self.config.max_new_tokens
+        lengths = [limit if t is None else len(tokenizer.encode_ordinary(t)) + 1 for t in texts]
+        found = {"kl": log_ratios, "cut-off": cut_off, "tokens": torch.tensor(lengths)}  # (N,) each
+        return {k: v for n, x in found.items() for k, v in metrics.means(f"fresh/{n}", x).items()}
 
     def report(self):
         evaluate.print_answers(*self.models, self.prompts[:8], self.config)
-        return self.probe() | {"file": self.file}
+        return self.probe() | {"fresh/n": len(self.prompts), "file": self.file}
+
+
+def longer_wins(pairs):
+    """In which share of (prompt, chosen, rejected) texts the longer response is the chosen one,
+    a draw being half: the commonest label that nobody meant to give."""
+    return sum((len(c) > len(r)) + (len(c) == len(r)) / 2 for _, c, r in pairs) / len(pairs)
+
+
+def own_rate(config, mean_tokens):
+    """The learning rate where none is given: AdamW's, by the mean length of the responses.
+
+    log π(y|x) is a sum over tokens. A step moves each token's log-probability by about as much,
+    whatever the gradient's size, so that it moves the sum, and the KL, by their number.
+    """
+    if config.optimizer != "adamw":
+        raise SystemExit("--optimizer sgd has no default for your own data: give --lr, too")
+    return float(f"{RATE_BY_TOKENS / mean_tokens:.2g}")
 
 
 def sample_pairs(reference, tokenizer, config, questions):

@@ -12,6 +12,8 @@ from tqdm import tqdm
 
 import data
 import model as gpt
+from lab import flags
+from lab.metrics import SHOWN, Best, average, shown
 
 # Flags that say where files lie or how a policy is measured. A run that differs in them only
 # computes the same, and --resume takes it up.
@@ -72,17 +74,6 @@ def write_json(path, value):
     os.replace(f"{path}.tmp", path)
 
 
-# What the bar and the screen show of a step, where a training has it; the log holds everything.
-SHOWN = "loss", "rewards/margins", "rewards/accuracies", "reward", "true_reward", "kl"
-
-
-def average(recent, names):
-    """The means of some metrics over some steps, as text. What was not measured is left out."""
-    names = [name for name in names if name in recent[0]]
-    means = [sum(metrics[name] for metrics in recent) / len(recent) for name in names]
-    return "  ".join(f"{name} {mean:.3f}" for name, mean in zip(names, means))
-
-
 def finite_grad_norm(model, loss):
     """The norm of the gradient, to log. Raises FloatingPointError where it or the loss is not
     finite, so that no such step is taken."""
@@ -128,6 +119,7 @@ class Run:
     def __init__(self, name, config):
         self.name, self.config, self.path = name, config, f"{config.out}/{name}"
         self.step, self.seconds = 0, {}
+        self.best = Best()
 
     def lap(self, stage):
         """Note how long a stage took: all the time since the stage before it."""
@@ -152,29 +144,45 @@ class Run:
         with open(f"{self.path}.jsonl", "a+", buffering=1) as self.file, self.bar:
             self.recent = self.cut_log()
             try:
-                yield from training
+                for found in training:
+                    yield found
+                    if self.best.is_over():
+                        self.bar.write(
+                            f"{self.name} stops here: the held-out loss has risen for long"
+                        )
+                        break
             except FloatingPointError as error:
                 raise FloatingPointError(f"after step {self.step}: {error}")
+        self.best.take(self.model, self.name, self.step)
         self.save(f"{self.path}.pt")
-        print(f"mean of the last {len(self.recent)} steps:", average(self.recent, SHOWN))
+        print(
+            f"mean of the last {len(self.recent)} steps:",
+            average(self.recent, SHOWN),
+        )
         self.lap("training")
 
-    def log(self, metrics, measure=dict):
+    def measure_start(self, measure):
+        """Show what measure() finds before the first step, and begin to keep the best weights."""
+        if not self.step:
+            self.best.begin(self.model, measure())
+
+    def log(self, found, measure=dict):
         """Write a step's line of NAME.jsonl. Ten times in a run, add to it what measure() finds
         after the step, and then save the state, so that the log holds every step that is saved."""
         self.step += 1
-        self.recent = [*self.recent[-49:], metrics]
+        self.recent = [*self.recent[-49:], found]
         means = average(self.recent, SHOWN)
         self.bar.set_postfix_str(means, refresh=False)
         self.bar.update()
         is_tenth = self.step * 10 // self.steps > (self.step - 1) * 10 // self.steps
         measured = measure() if is_tenth else {}
-        self.file.write(json.dumps({"step": self.step, **metrics, **measured}) + "\n")
+        self.best.note(self.model, self.step, measured)
+        self.file.write(json.dumps({"step": self.step, **found, **measured}) + "\n")
         if is_tenth:
-            now = "; now: " + average([measured], measured) if measured else ""
+            now = "; now: " + average([measured], shown(measured)) if measured else ""
             count = len(self.recent)
             self.bar.write(f"step {self.step}/{self.steps}, mean of last {count}: {means}{now}")
-            self.save(f"{self.path}.part.pt", step=self.step)
+            self.save(f"{self.path}.part.pt", step=self.step, best=vars(self.best))
 
     def cut_log(self):
         """Leave only the lines of the steps behind us in the log -> the last of them."""
@@ -193,7 +201,8 @@ class Run:
     def finish(self, report):
         """Write the report, and remove what only an interrupted run needs."""
         self.lap("measuring")
-        end = {"seconds": self.seconds, "config": vars(self.config), "seed": self.config.seed}
+        end = {"seconds": self.seconds, "config": flags.used(self.config), "seed": self.config.seed}
+        end |= self.best.report(self.step)
         write_json(f"{self.path}.json", report | end)
         os.remove(f"{self.path}.part.pt")
         print(f"wrote {self.name}.pt, .jsonl, .json to {self.config.out}/; seconds: {self.seconds}")
@@ -234,4 +243,5 @@ def resume(*trainings):
         return trainings[trainings.index(run) + 1]
     run.optimizer.load_state_dict(state["optimizer"])
     run.step = state["step"]
+    vars(run.best).update(state.get("best", {}))
     return run

@@ -114,7 +114,7 @@ def test_each_shape_of_demonstrations_becomes_the_row_that_it_should(tmp_path, r
         (json.dumps(GOOD) * 2, 'several objects, the first with "prompt", "chosen", "rejected"'),
         (GOOD | {"chosen": None}, '"chosen" has null, which is no text'),
         (GOOD | {"chosen": ANSWER}, '"chosen" has {"role": "assistant", "content":'),
-        (GOOD | {"chosen": ["A"]}, '"chosen" has ["A"], which is neither a text nor a list of turns'),
+        (GOOD | {"chosen": ["A"]}, '"chosen" has ["A"], which is neither a text nor a list'),
         (json.dumps(GOOD) + ",", "a comma after the object"),
         (GOOD | {"prompt": ""}, '"prompt" is empty'),
         (GOOD | {"rejected": " \n"}, '"rejected" is empty'),

@@ -12,6 +12,7 @@ from torch import Tensor
 
 import data
 from lab import runs
+from lab.metrics import means
 from responses import response_logps, response_logps_no_grad
 from train_dpo import count_steps
 from variants.losses import kto_loss, kto_reference_point
@@ -107,7 +108,7 @@ def held_out_metrics(policy, thumbs, config):
     logps = [response_logps_no_grad(policy, part) for part in (thumbs.examples, thumbs.mismatched)]
     losses, metrics = losses_and_metrics(*logps, thumbs, config)
     accuracy = metrics["rewards/accuracies"].item()
-    return {"held-out/loss": losses.mean().item(), "held-out/accuracy": accuracy}
+    return means("held-out/loss", losses) | {"held-out/accuracy": accuracy}
 
 
 @torch.no_grad()

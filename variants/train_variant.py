@@ -132,6 +132,8 @@ def main():
     def measure():
         return held_out_metrics(policy, held_out, config) | source.probe()
 
+    if config.pairs:
+        run.measure_start(measure)
     steps = train_dpo.count_steps(config, len(dataset))
     training = train(policy, optimizer, dataset, config, start=run.step)
     for metrics in run.track(training, steps):

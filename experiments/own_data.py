@@ -1,0 +1,229 @@
+"""Made-up files of the kinds that people bring, and what the defaults for them make of these.
+
+    python experiments/own_data.py --seeds 10,11,12     trains, and prints the table
+
+styles       short answers, kind or curt; the kind one is preferred in nine pairs of ten
+transcripts  several turns of Human and Assistant, long answers; one label in three is flipped
+unequal      answers of one to eight sentences; the one that gives a reason is preferred
+faithful     the answer that keeps to the thing asked for is preferred; no word alone tells it
+"""
+
+import argparse
+import json
+import math
+import random
+import statistics
+import subprocess
+import sys
+from pathlib import Path
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).parent.parent))  # run from anywhere
+from lab.own import hold_out
+
+ROOT = Path(__file__).parent.parent
+
+THINGS = """kettle bicycle window clock drawer lamp fence boat oven tent pump ladder mirror radio
+piano stove basket bench guitar camera sofa wheel blanket barrel compass saddle lantern""".split()
+VERBS = "mend clean paint move open close test store sell lift wash check warm dry fold".split()
+TOOLS = """brush cloth hammer rope sponge bucket screw wire ruler glove knife needle magnet towel
+broom file saw clamp""".split()
+PLACES = "garden kitchen cellar attic yard hall shed porch workshop harbour market barn".split()
+ADVERBS = "slowly gently twice early daily firmly quietly often outside by hand".split(" ")
+KIND, CURT = (
+    "Gladly! Certainly. With pleasure! Of course.".split(" "),
+    "Look. Well. Listen. So what.",
+)
+REASONS = """because it lasts longer;because water harms it;so that nothing breaks;because dust
+collects there;since rust is slow;so that it runs well""".replace("\n", " ").split(";")
+
+
+def sentence(rng, thing):
+    verb, adverb, tool, place = map(rng.choice, (VERBS, ADVERBS, TOOLS, PLACES))
+    return rng.choice([
+        f"{verb.capitalize()} the {thing} {adverb} with a {tool}.",
+        f"Put the {thing} in the {place} and {verb} it {adverb}.",
+        f"A {tool} from the {place} helps to {verb} the {thing}.",
+        f"Never {verb} the {thing} near the {place}.",
+    ])  # fmt: skip
+
+
+def question(rng, thing):
+    verb, adverb, tool, place = map(rng.choice, (VERBS, ADVERBS, TOOLS, PLACES))
+    return rng.choice([
+        f"How do I {verb} my {thing} in the {place}?",
+        f"Can you tell me how to {verb} a {thing} with a {tool}?",
+        f"What is the best way to {verb} the {thing} {adverb}?",
+    ])  # fmt: skip
+
+
+def styles(rng, thing, good):
+    opening = rng.choice(
+        ["Gladly!", "Certainly.", "With pleasure!"] if good else ["Look.", "Well.", "Hm."]
+    )
+    closing = rng.choice(
+        ["Good luck!", "Take care!"] if good else ["Is that all?", "Do it yourself."]
+    )
+    return f" {opening} {sentence(rng, thing)} {closing}"
+
+
+def long_answer(rng, thing, good):
+    words = ["carefully", "safely", "kindly"] if good else ["somehow", "anyway", "whatever"]
+    said = []
+    for _ in range(rng.randint(3, 5)):
+        text = sentence(rng, thing)
+        said.append(text[:-1] + f", {rng.choice(words)}." if rng.random() < 0.4 else text)
+    return " " + " ".join(said)
+
+
+def unequal(rng, thing, good):
+    said = [sentence(rng, thing) for _ in range(rng.choice([1, 1, 2, 3, 5, 8]))]
+    if good:
+        k = rng.randrange(len(said))
+        said[k] = said[k][:-1] + f" {rng.choice(REASONS)}."
+    return " " + " ".join(said)
+
+
+def faithful(rng, thing, good):
+    thing = thing if good else rng.choice([other for other in THINGS if other != thing])
+    return " " + " ".join(sentence(rng, thing) for _ in range(rng.randint(1, 3)))
+
+
+KINDS = {  # how an answer is made, and the share of flipped labels
+    "styles": (styles, 0.1),
+    "transcripts": (long_answer, 1 / 3),
+    "unequal": (unequal, 0.05),
+    "faithful": (faithful, 0.1),
+}
+
+
+def prompt_of(rng, kind, thing):
+    if kind != "transcripts":
+        return question(rng, thing)
+    turns = ""
+    for _ in range(rng.randint(0, 2)):
+        other = rng.choice(THINGS)
+        turns += f"\n\nHuman: {question(rng, other)}\n\nAssistant: {sentence(rng, other)}"
+    return f"{turns}\n\nHuman: {question(rng, thing)}\n\nAssistant:"
+
+
+def make(kind, seed, folder, pairs=1100, demonstrations=800):
+    """Write the three files. A third of the demonstrations are of the preferred sort."""
+    rng = random.Random(f"{kind} {seed}")
+    answer, flips = KINDS[kind]
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    texts = [
+        prompt_of(rng, kind, t) + answer(rng, t, i % 2)
+        for i, t in enumerate(rng.choices(THINGS, k=600))
+    ]
+    (folder / "corpus.txt").write_text("\n".join(texts))
+    records = {"sft": [], "pairs": []}
+    for thing in rng.choices(THINGS, k=demonstrations):
+        response = answer(rng, thing, rng.random() < 1 / 3)
+        records["sft"].append({"prompt": prompt_of(rng, kind, thing), "completion": response})
+    for thing in rng.choices(THINGS, k=pairs):
+        good, bad = answer(rng, thing, True), answer(rng, thing, False)
+        chosen, rejected = (bad, good) if rng.random() < flips else (good, bad)
+        records["pairs"].append(
+            {"prompt": prompt_of(rng, kind, thing), "chosen": chosen, "rejected": rejected}
+        )
+    for name, lines in records.items():
+        (folder / f"{name}.jsonl").write_text("\n".join(map(json.dumps, lines)))
+
+
+def judge_by_words(path):
+    """How often a logistic regression on the words of the pairs to train on is right about those
+    held out: what can be told from words alone."""
+    rows = [tuple(json.loads(line).values()) for line in path.read_text().splitlines()]
+    parts = hold_out(rows, path)
+    words = sorted({word for _, *texts in parts[0] for text in texts for word in text.split()})
+    place = {word: i for i, word in enumerate(words)}
+
+    def differences(pairs):
+        counts = torch.zeros(len(pairs), len(words))
+        for row, (_, chosen, rejected) in zip(counts, pairs):
+            for text, sign in ((chosen, 1), (rejected, -1)):
+                for word in text.split():
+                    if word in place:
+                        row[place[word]] += sign
+        return counts
+
+    train, held_out = map(differences, parts)
+    weights = torch.zeros(len(words), requires_grad=True)
+    optimizer = torch.optim.LBFGS([weights], max_iter=200)
+
+    def closure():
+        optimizer.zero_grad()
+        loss = (
+            torch.nn.functional.softplus(-train @ weights).mean() + 0.003 * weights.square().sum()
+        )
+        loss.backward()
+        return loss
+
+    optimizer.step(closure)
+    return (held_out @ weights > 0).float().mean().item()
+
+
+def run(kind, seed, out, *more):
+    """Make the files, train by the defaults -> the report of DPO, with the judge's accuracy."""
+    folder = Path(out).absolute() / f"{kind}-{seed}"
+    if not (folder / "dpo.json").exists():
+        make(kind, seed, folder)
+        long = ["--block-size=320"] if kind == "transcripts" else ["--block-size=192"]
+        sft = [
+            f"--corpus={folder}/corpus.txt",
+            f"--sft={folder}/sft.jsonl",
+            "--vocab-size=500",
+            *long,
+        ]
+        for script, flags in (
+            ("train_sft.py", sft),
+            ("train_dpo.py", [f"--pairs={folder}/pairs.jsonl"]),
+        ):
+            line = [sys.executable, script, f"--seed={seed}", f"--out={folder}", *flags, *more]
+            with open(folder / f"{script}.txt", "w") as log:
+                subprocess.run(line, cwd=ROOT, check=True, stdout=log, stderr=log)
+    report = json.loads((folder / "dpo.json").read_text())
+    return report | {"judge": judge_by_words(folder / "pairs.jsonl")}
+
+
+def print_row(kind, reports):
+    """Means over the seeds ± their standard deviation; the loss's is its own standard error."""
+
+    def mean(values, style):
+        error = statistics.stdev(values) if len(values) > 1 else 0
+        return f"{statistics.fmean(values):{style}} ± {error:{style}}"
+
+    loss = [r["held-out/loss"] - math.log(2) for r in reports]
+    error = math.sqrt(sum(r["held-out/loss_se"] ** 2 for r in reports)) / len(reports)
+    share = [100 * (r["fresh/cut-off"] - r["start"]["fresh/cut-off"]) for r in reports]
+    kept = ", ".join(f"{r['kept']['step']}/{r['kept']['of']}" for r in reports)
+    cells = [
+        kind, f"{reports[0]['config']['lr']:.1e}", kept,
+        f"{statistics.fmean(loss):.3f} ± {error:.3f}",
+        mean([r["held-out/accuracy"] for r in reports], ".3f"),
+        mean([r["judge"] for r in reports], ".3f"),
+        mean([r["fresh/kl"] for r in reports], ".2f"), mean(share, ".1f"),
+    ]  # fmt: skip
+    print("|", " | ".join(cells), "|", flush=True)
+
+
+def main():
+    parser = argparse.ArgumentParser(allow_abbrev=False)
+    parser.add_argument("--seeds", default="10,11,12", help="with commas between them")
+    parser.add_argument("--kinds", default=",".join(KINDS), help="with commas between them")
+    parser.add_argument("--out", default="out/own_data")
+    options = parser.parse_args()
+    columns = (
+        "kind, lr, kept step, held-out loss − ln 2, accuracy, judge by words, KL, cut off, points"
+    )
+    print("|", columns.replace(", points", " (points)").replace(", ", " | "), "|")
+    print("|---|---|---|---|---|---|---|---|")
+    for kind in options.kinds.split(","):
+        print_row(kind, [run(kind, seed, options.out) for seed in options.seeds.split(",")])
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,98 @@
+"""Collect preference pairs: a person, or a program, says which of two samples is better.
+
+    python tools/label.py out/sft.pt prompts.txt pairs.jsonl     a prompt on each line
+    python tools/label.py out/sft.pt - pairs.jsonl               prompts are typed
+    python tools/label.py out/sft.pt prompts.txt pairs.jsonl --judge "python judge.py"
+
+1 or 2 is better, 0 is a tie, s skips, q quits. Each choice is written at once: pairs to the file,
+ties and skips to FILE.rest, so that it can be taken up again. A judge gets a line of JSON,
+{"prompt", "responses"}, and prints 1, 2 or 0. Then: python train_dpo.py --pairs pairs.jsonl
+"""
+
+import argparse
+import json
+import shlex
+import subprocess
+import sys
+from collections import Counter
+from pathlib import Path
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).parent.parent))  # run from anywhere
+import data
+from lab import flags, runs
+
+CHOICES = {"1": "pairs", "2": "pairs", "0": "ties", "s": "skipped"}
+
+
+def two_samples(model, tokenizer, question, generator):
+    """Two different whole responses, in the order drawn; () where ten draws hold no two."""
+    end, prompt = tokenizer.eot_token, question
+    if model.learnt.get("conversations"):
+        (prompt,) = data.apply_template([{"role": "user", "content": question}])
+    ids, limit = [tokenizer.encode_ordinary(prompt)] * 10, model.learnt.get("answer_tokens", 24)
+    replies = model.generate(ids, end, limit, generator=generator)
+    texts = dict.fromkeys(tokenizer.decode(r[:-1]) for r in replies if r[-1] == end)
+    return [text for text in texts if text.strip()][:2] if len(texts) > 1 else ()
+
+
+def choose(judge, question, responses):
+    """-> "1", "2", "0", "s" or "q", by the judge's command or by a person's key."""
+    if not judge:
+        print(f"\n{question}\n  1 {responses[0].strip()}\n  2 {responses[1].strip()}")
+        while (key := input("1, 2, 0 tie, s skip, q quit> ").strip()) not in [*CHOICES, "q"]:
+            pass
+        return key
+    line = json.dumps({"prompt": question, "responses": responses}) + "\n"
+    said = subprocess.run(shlex.split(judge), input=line, stdout=subprocess.PIPE, text=True).stdout
+    if said.strip() not in ("1", "2", "0"):
+        raise SystemExit(f"label.py: the judge must print 1, 2 or 0, not {said.strip()[:40]!r}")
+    return said.strip()
+
+
+def record_of(model, question, responses, key):
+    """What train_dpo.py --pairs reads, or what was chosen instead of a pair."""
+    if CHOICES[key] != "pairs":
+        return {"prompt": question, "choice": CHOICES[key]}
+    if model.learnt.get("conversations"):
+        responses = [[{"role": "assistant", "content": text.strip()}] for text in responses]
+    chosen, rejected = responses if key == "1" else responses[::-1]
+    return {"prompt": question, "chosen": chosen, "rejected": rejected}
+
+
+def main():
+    parser = argparse.ArgumentParser(prog="label.py", allow_abbrev=False)
+    for name in ("checkpoint", "prompts", "pairs"):
+        parser.add_argument(name)
+    parser.add_argument("--judge", default="", help="a command that chooses in your place")
+    parser.add_argument("--seed", type=int, default=0)
+    options = parser.parse_args()
+    model, tokenizer = runs.load_checkpoint(options.checkpoint)
+    paths = {"pairs": Path(options.pairs), "rest": Path(f"{options.pairs}.rest")}
+    lines = [
+        line for path in paths.values() if path.exists() for line in path.read_text().splitlines()
+    ]
+    done, counts = Counter(json.loads(line)["prompt"] for line in lines), Counter()
+    questions = iter(lambda: input("\nprompt> "), "")
+    if options.prompts != "-":
+        questions = Path(options.prompts).read_text("utf-8-sig").splitlines()
+    generator = torch.Generator().manual_seed(options.seed + len(lines))
+    for question in filter(str.strip, questions):
+        if options.prompts != "-" and done[question]:
+            done[question] -= 1  # chosen in an earlier run
+            continue
+        responses = two_samples(model, tokenizer, question, generator)
+        key = choose(options.judge, question, responses) if len(responses) == 2 else "s"
+        if key == "q":
+            break
+        counts[CHOICES[key]] += 1
+        record = record_of(model, question, responses, key)
+        path = paths["pairs" if "chosen" in record else "rest"]
+        with open(path, "a", encoding="utf-8") as file:
+            file.write(json.dumps(record, ensure_ascii=False) + "\n")
+    print(*(f"{count} {what};" for what, count in counts.items()), f"written to {paths['pairs']}")
+
+
+if __name__ == "__main__":
+    flags.command(main, "what was chosen is written")
