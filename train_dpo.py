@@ -23,7 +23,7 @@ import data
 from dpo import dpo_loss
 from lab import evaluate, flags, runs
 from lab.flags import flag
-from lab.metrics import means
+from lab.metrics import check_first_loss, means
 from lab.pairs import OwnData, Village
 from responses import response_logps, response_logps_no_grad
 
@@ -153,7 +153,7 @@ def check_start(policy, pairs, config, loss_fn=pair_losses):
     logps = response_logps(policy, batch.chosen + batch.rejected).chunk(2)
     loss = loss_fn(*logps, batch, config).mean().item()
     ref_logps = batch.ref_chosen_logps, batch.ref_rejected_logps
-    runs.check_first_loss(loss, loss_fn(*ref_logps, batch, config).mean().item(), config)
+    check_first_loss(loss, loss_fn(*ref_logps, batch, config).mean().item(), config)
 
 
 def make_optimizer(policy, config):

@@ -31,10 +31,6 @@ TOOLS = """brush cloth hammer rope sponge bucket screw wire ruler glove knife ne
 broom file saw clamp""".split()
 PLACES = "garden kitchen cellar attic yard hall shed porch workshop harbour market barn".split()
 ADVERBS = "slowly gently twice early daily firmly quietly often outside by hand".split(" ")
-KIND, CURT = (
-    "Gladly! Certainly. With pleasure! Of course.".split(" "),
-    "Look. Well. Listen. So what.",
-)
 REASONS = """because it lasts longer;because water harms it;so that nothing breaks;because dust
 collects there;since rust is slow;so that it runs well""".replace("\n", " ").split(";")
 

@@ -1,21 +1,8 @@
-"""Numbers of a run: what is shown of them, means and their errors, the best weights by them."""
+"""Numbers of a run: means and their errors, the first loss, the best weights by them."""
 
 import math
 
-# What the bar and the screen show of a step, where a training has it; the log holds everything.
-SHOWN = "loss", "rewards/margins", "rewards/accuracies", "reward", "true_reward", "kl"
-
-
-def average(recent, names):
-    """The means of some metrics over some steps, as text. What was not measured is left out."""
-    names = [name for name in names if name in recent[0]]
-    means = [sum(metrics[name] for metrics in recent) / len(recent) for name in names]
-    return "  ".join(f"{name} {mean:.3f}" for name, mean in zip(names, means))
-
-
-def shown(metrics):
-    """Their names, without standard errors, which the log and the report have."""
-    return [name for name in metrics if not name.endswith("_se")]
+from tqdm import tqdm
 
 
 def means(name, values):
@@ -25,6 +12,18 @@ def means(name, values):
     return {name: values.mean().item()} | error
 
 
+def check_first_loss(loss, expected, config):
+    """Refuse a policy that is not the reference before its first step: their losses would differ.
+
+    loss: of the policy's log-probabilities. expected: of the reference's own, put in their place.
+    """
+    # They were computed in other batches, so their last digits differ; in bfloat16, their second.
+    tolerance = max(1, config.beta) * (1e-3 if config.dtype == "float32" else 5e-2)
+    if not abs(loss - expected) <= tolerance * max(1, abs(expected)):
+        raise SystemExit(f"the policy's first loss is {loss:.4f}, the reference's {expected:.4f}")
+    tqdm.write(f"loss before the first step: {loss:.4f}; the reference's own: {expected:.4f}")
+
+
 class Best:
     """The weights with the least held-out loss of all that was measured in a run.
 
@@ -32,15 +31,9 @@ class Best:
     """
 
     def __init__(self):
-        self.step, self.loss, self.weights, self.start = 0, math.inf, {}, {}
+        self.step, self.loss, self.weights = 0, math.inf, {}
+        self.start = {}  # what was measured before the first step
         self.worse_since, self.patience = 0, math.inf  # how many measurements
-
-    def begin(self, model, measured):
-        """Show what was measured before the first step. Not the accuracy: policy and reference are
-        still one, so that rounding decides it."""
-        self.start = {name: value for name, value in measured.items() if "accuracy" not in name}
-        print("before the first step:", average([self.start], shown(self.start)))
-        self.note(model, 0, measured)
 
     def note(self, model, step, measured):
         """Keep the weights if their loss is the least so far."""
@@ -50,10 +43,6 @@ class Best:
         if measured["held-out/loss"] < self.loss:
             self.step, self.loss, self.worse_since = step, measured["held-out/loss"], 0
             self.weights = {name: weights.clone() for name, weights in model.state_dict().items()}
-
-    def is_over(self):
-        """Whether the loss has been above its least for as long as patience lasts."""
-        return self.worse_since >= self.patience
 
     def take(self, model, name, steps):
         """Give the model its best weights at the end of a run, and say which they are."""

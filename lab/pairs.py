@@ -11,7 +11,7 @@ import random
 import torch
 
 import dpo
-from lab import evaluate, metrics, village
+from lab import evaluate, metrics, runs, village
 from lab.own import OwnFile
 from responses import sample_responses
 
@@ -37,7 +37,7 @@ class Village:
         if not self.config.resume:  # else they are there already, or the run is another one
             write_pairs(f"{self.config.out}/pairs.jsonl", pairs)
         limits = noise_limits(pairs)
-        print("the true reward itself, on these noisy labels:", metrics.average([limits], limits))
+        print("the true reward itself, on these noisy labels:", runs.average([limits], limits))
         self.limits = {"pairs": limits}
         return pairs, []
 

@@ -13,8 +13,10 @@ from tqdm import tqdm
 import data
 import model as gpt
 from lab import flags
-from lab.metrics import SHOWN, Best, average, shown
+from lab.metrics import Best
 
+# What the bar and the screen show of a step, where a training has it; the log holds everything.
+SHOWN = "loss", "rewards/margins", "rewards/accuracies", "reward", "true_reward", "kl"
 # Flags that say where files lie or how a policy is measured. A run that differs in them only
 # computes the same, and --resume takes it up.
 NOT_COMPUTED = set(
@@ -83,16 +85,16 @@ def finite_grad_norm(model, loss):
     return grad_norm
 
 
-def check_first_loss(loss, expected, config):
-    """Refuse a policy that is not the reference before its first step: their losses would differ.
+def average(recent, names):
+    """The means of some metrics over some steps, as text. What was not measured is left out."""
+    names = [name for name in names if name in recent[0]]
+    means = [sum(metrics[name] for metrics in recent) / len(recent) for name in names]
+    return "  ".join(f"{name} {mean:.3f}" for name, mean in zip(names, means))
 
-    loss: of the policy's log-probabilities. expected: of the reference's own, put in their place.
-    """
-    # They were computed in other batches, so their last digits differ; in bfloat16, their second.
-    tolerance = max(1, config.beta) * (1e-3 if config.dtype == "float32" else 5e-2)
-    if not abs(loss - expected) <= tolerance * max(1, abs(expected)):
-        raise SystemExit(f"the policy's first loss is {loss:.4f}, the reference's {expected:.4f}")
-    tqdm.write(f"loss before the first step: {loss:.4f}; the reference's own: {expected:.4f}")
+
+def shown(metrics):
+    """Their names, without standard errors, which the log and the report have."""
+    return [name for name in metrics if not name.endswith("_se")]
 
 
 def weight_sums(model):
@@ -146,7 +148,7 @@ class Run:
             try:
                 for found in training:
                     yield found
-                    if self.best.is_over():
+                    if self.best.worse_since >= self.best.patience:
                         self.bar.write(
                             f"{self.name} stops here: the held-out loss has risen for long"
                         )
@@ -155,16 +157,17 @@ class Run:
                 raise FloatingPointError(f"after step {self.step}: {error}")
         self.best.take(self.model, self.name, self.step)
         self.save(f"{self.path}.pt")
-        print(
-            f"mean of the last {len(self.recent)} steps:",
-            average(self.recent, SHOWN),
-        )
+        print(f"mean of the last {len(self.recent)} steps:", average(self.recent, SHOWN))
         self.lap("training")
 
     def measure_start(self, measure):
         """Show what measure() finds before the first step, and begin to keep the best weights."""
         if not self.step:
-            self.best.begin(self.model, measure())
+            found = measure()
+            self.best.note(self.model, 0, found)
+            # Not the accuracy: policy and reference are still one, so that rounding decides it.
+            self.best.start = {name: v for name, v in found.items() if "accuracy" not in name}
+            print("before the first step:", average([self.best.start], shown(self.best.start)))
 
     def log(self, found, measure=dict):
         """Write a step's line of NAME.jsonl. Ten times in a run, add to it what measure() finds
@@ -176,9 +179,9 @@ class Run:
         self.bar.update()
         is_tenth = self.step * 10 // self.steps > (self.step - 1) * 10 // self.steps
         measured = measure() if is_tenth else {}
-        self.best.note(self.model, self.step, measured)
         self.file.write(json.dumps({"step": self.step, **found, **measured}) + "\n")
         if is_tenth:
+            self.best.note(self.model, self.step, measured)
             now = "; now: " + average([measured], shown(measured)) if measured else ""
             count = len(self.recent)
             self.bar.write(f"step {self.step}/{self.steps}, mean of last {count}: {means}{now}")

@@ -12,7 +12,7 @@ from torch import Tensor
 
 import data
 from lab import runs
-from lab.metrics import means
+from lab.metrics import check_first_loss, means
 from responses import response_logps, response_logps_no_grad
 from train_dpo import count_steps
 from variants.losses import kto_loss, kto_reference_point
@@ -118,4 +118,4 @@ def check_start(policy, thumbs, config):
     logps = response_logps(policy, batch.examples + batch.mismatched).chunk(2)
     ref_logps = batch.ref_logps, batch.ref_mismatched_logps
     losses, expected = (losses_and_metrics(*x, batch, config)[0] for x in (logps, ref_logps))
-    runs.check_first_loss(losses.mean().item(), expected.mean().item(), config)
+    check_first_loss(losses.mean().item(), expected.mean().item(), config)

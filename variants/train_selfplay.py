@@ -31,6 +31,7 @@ import dpo
 import train_dpo
 from lab import evaluate, flags, runs, village
 from lab.flags import flag
+from lab.metrics import check_first_loss
 from lab.pairs import Village
 from responses import response_logps, response_logps_no_grad, sample_responses
 from variants.losses import sppo_loss
@@ -146,7 +147,7 @@ def check_start(policy, examples, ref_logps, win_probs, config):
     few = slice(config.batch_size)
     logps = response_logps(policy, examples[few]), ref_logps[few]
     losses = [sppo_loss(x, ref_logps[few], win_probs[few], config.beta).mean() for x in logps]
-    runs.check_first_loss(*(loss.item() for loss in losses), config)
+    check_first_loss(*(loss.item() for loss in losses), config)
 
 
 def labelled_pairs(prompts, texts, wins):
