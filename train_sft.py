@@ -16,9 +16,9 @@ import torch
 
 import data
 import model as gpt
-from lab import evaluate, files, flags, runs, village
+from lab import evaluate, flags, runs, village
 from lab.flags import flag
-from lab.own import OwnFile
+from lab.own import OwnFile, own_corpus
 from responses import response_logps, response_logps_no_grad
 
 
@@ -129,7 +129,7 @@ def read_texts(config):
     """-> ((corpus, corpus held out), the tokenizer, (demonstrations, demonstrations held out), what
     the model will have learnt from these, and what there is to report of them)."""
     if config.sft:
-        corpus = files.own_corpus(config.corpus)
+        corpus = own_corpus(config.corpus)
         own = OwnFile(config.sft, "sft", config, config.held_out)
         print("learning the tokenizer")
         (text,) = corpus[0]

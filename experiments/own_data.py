@@ -92,6 +92,7 @@ KINDS = {  # how an answer is made, and the share of flipped labels
     "unequal": (unequal, 0.05),
     "faithful": (faithful, 0.1),
 }
+BLOCK_SIZES = {"transcripts": 320, "unequal": 256}  # so that every pair fits; 192 for the others
 
 
 def prompt_of(rng, kind, thing):
@@ -167,17 +168,10 @@ def run(kind, seed, out, *more):
     folder = Path(out).absolute() / f"{kind}-{seed}"
     if not (folder / "dpo.json").exists():
         make(kind, seed, folder)
-        long = ["--block-size=320"] if kind == "transcripts" else ["--block-size=192"]
-        sft = [
-            f"--corpus={folder}/corpus.txt",
-            f"--sft={folder}/sft.jsonl",
-            "--vocab-size=500",
-            *long,
-        ]
-        for script, flags in (
-            ("train_sft.py", sft),
-            ("train_dpo.py", [f"--pairs={folder}/pairs.jsonl"]),
-        ):
+        own = [f"--corpus={folder}/corpus.txt", f"--sft={folder}/sft.jsonl"]
+        sft = [*own, "--vocab-size=500", f"--block-size={BLOCK_SIZES.get(kind, 192)}"]
+        dpo = [f"--pairs={folder}/pairs.jsonl"]
+        for script, flags in (("train_sft.py", sft), ("train_dpo.py", dpo)):
             line = [sys.executable, script, f"--seed={seed}", f"--out={folder}", *flags, *more]
             with open(folder / f"{script}.txt", "w") as log:
                 subprocess.run(line, cwd=ROOT, check=True, stdout=log, stderr=log)

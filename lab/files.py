@@ -28,19 +28,20 @@ WANTED = {
 }
 NEAREST = {  # fields of other formats -> what to do
     "instruction": 'Alpaca\'s: join it and "input" to a "prompt", and call "output" "completion"',
-    "conversations": 'ShareGPT\'s: make it "messages" or "prompt", with "role" and "content"',
+    "conversations": 'ShareGPT\'s: call it "messages" or "prompt", with "role" and "content"',
+    "preferred_output": 'OpenAI\'s: call it "chosen", the other "rejected", its messages "prompt"',
+    "conversation_a": 'an arena\'s: call the one that won "chosen", the other "rejected"',
     "question": 'Orca\'s: call it "prompt"',
     "query": 'to be called "prompt"',
     "input": 'to be called "prompt"',
 }
 ELSEWHERE = {
     "sft": {"chosen": "for train_dpo.py --pairs", "text": "for --corpus, as a mere text"},
-    "pairs": dict.fromkeys(
-        ("messages", "completion", "response"), "for train_sft.py --sft, where it stands alone"
-    ),
+    "pairs": dict.fromkeys(("messages", "completion", "response"), "for train_sft.py --sft"),
 }
+BY_ROWS = "write JSON lines, as pandas does with to_json(orient='records', lines=True)"
 FOREIGN = {  # how a file begins -> what it is
-    b"PAR1": "Parquet: write JSON lines, as pandas does with to_json(orient='records', lines=True)",
+    b"PAR1": f"Parquet: {BY_ROWS}",
     b"PK\x03\x04": "a zip archive: unpack it",
     b"\xff\xfe": "UTF-16: save it as UTF-8",
     b"\xfe\xff": "UTF-16: save it as UTF-8",
@@ -54,6 +55,11 @@ ASSISTANT = re.compile(r"^(?:### ?)?assistant:", re.I | re.M)
 
 def listed(fields) -> str:
     return ", ".join(f'"{str(name)[:40]}"' for name in [*fields][:12]) or "none"
+
+
+def excerpt(value) -> str:
+    text = json.dumps(value, ensure_ascii=False)
+    return text if len(text) <= 40 else text[:40] + "…"
 
 
 def read_bytes(path: str) -> bytes:
@@ -71,43 +77,38 @@ def read_bytes(path: str) -> bytes:
     return content
 
 
-def own_corpus(path: str) -> tuple[list[str], list[str]]:
-    """A file to pretrain on -> (nine tenths of it, the last tenth), each a list of one text."""
-    try:
-        text = read_bytes(path).decode("utf-8-sig").replace("\r\n", "\n")
-    except UnicodeDecodeError as error:
-        raise SystemExit(f"{path}: not UTF-8 at byte {error.start}")
-    border = len(text) * 9 // 10
-    return [text[:border]], [text[border:]]
-
-
 def read_records(path: str, wanted: str) -> list[tuple]:
     """-> of every record where it stands, and a line's bytes or an array's element."""
     content = read_bytes(path)
     try:
-        whole = json.loads(content)
+        whole = json.loads(content, object_pairs_hook=fields_once)
         if isinstance(whole, list):
             return [(f"record {i}", record) for i, record in enumerate(whole, 1)]
+        return [("line 1", whole)]
     except (ValueError, RecursionError) as error:
-        in_brackets = content.lstrip().startswith(b"[") and isinstance(error, json.JSONDecodeError)
-        if in_brackets and error.msg != "Extra data":
-            raise SystemExit(f"{path} is no JSON array: {error.msg} at its line {error.lineno}")
+        if content.lstrip().startswith(b"[") and not str(error).startswith("Extra data"):
+            raise SystemExit(f"{path} is no JSON array: {error}")
     lines = [(f"line {i}", b) for i, b in enumerate(content.splitlines(), 1) if b.strip()]
     head = lines[0][1].decode(errors="replace") if lines else ""
     columns = [name.strip(' "\ufeff') for name in re.split("[,;\t]", head.strip())]
     known = {"prompt", "chosen", "rejected", "completion", "response", "messages", *NEAREST}
     if known & {*columns}:
-        raise SystemExit(
-            f"{path} is CSV of {listed(columns)}; wanted is JSON with {WANTED[wanted]}"
-        )
+        raise SystemExit(f"{path} is CSV of {listed(columns)}; give JSON with {WANTED[wanted]}")
     return lines
+
+
+def fields_once(fields: list[tuple]) -> dict:
+    """An object of JSON. Of a field that stands there twice, JSON would lose the first."""
+    if len(fields) > len({name for name, _ in fields}):
+        raise ValueError(f"a field stands there twice: {listed(name for name, _ in fields)}")
+    return dict(fields)
 
 
 def parse(line: bytes):
     """What JSON makes of a line."""
     try:
         text = line.decode("utf-8-sig").strip()
-        return json.loads(text)
+        return json.loads(text, object_pairs_hook=fields_once)
     except UnicodeDecodeError as error:
         raise ValueError(f"not UTF-8 at its byte {error.start}: save the file as UTF-8")
     except json.JSONDecodeError as error:
@@ -115,10 +116,8 @@ def parse(line: bytes):
             first, end = json.JSONDecoder().raw_decode(text)
             if text[end:].strip() == ",":
                 raise ValueError("a comma after the object: take it out, or put the file in [ ]")
-            raise ValueError(
-                f"several objects, the first with {listed(first)}; wanted is one a line"
-            )
-        hint = ": each object must stand on one line" if text == "{" else ""
+            raise ValueError(f"several objects, the first with {listed(first)}; give one a line")
+        hint = ": put each object on one line, or all in [ ]" if text == "{" else ""
         raise ValueError(f"not JSON ({error.msg}){hint}")
 
 
@@ -137,12 +136,14 @@ def kind_of(record: dict, wanted: str) -> tuple[str, list[str]]:
         return values[0], answers
     hints = (NEAREST | ELSEWHERE[wanted]).items()
     hint = next((f'; "{name}" is {hint}' for name, hint in hints if name in record), "")
+    if record and all(isinstance(value, (list, dict)) for value in record.values()):
+        hint = hint or f"; it is one object of many rows: {BY_ROWS}"
     raise ValueError(f"the fields are {listed(record)}{hint}; wanted are {WANTED[wanted]}")
 
 
 def check_text(text, name: str) -> str:
     if not isinstance(text, str):
-        raise ValueError(f'"{name}" has {json.dumps(text)[:40]}, which is no text')
+        raise ValueError(f'"{name}" has {excerpt(text)}, which is no text')
     if not text.strip():
         raise ValueError(f'"{name}" is empty')
     text.encode()  # half of a surrogate pair is a ValueError too
@@ -157,8 +158,9 @@ def turns_of(value, name: str, role: str) -> list[dict]:
     """A conversation -> its turns, checked. A text is a single turn of `role`."""
     turns = [{"role": role, "content": value}] if isinstance(value, str) else value
     if not isinstance(turns, list) or not all(isinstance(turn, dict) for turn in turns):
-        found = json.dumps(turns)[:40]
-        raise ValueError(f'"{name}" has {found}, which is neither a text nor a list of turns')
+        cure = ": put it in [ ]" * isinstance(turns, dict)
+        what = "neither a text nor a list of turns" + cure
+        raise ValueError(f'"{name}" has {excerpt(turns)}, which is {what}')
     for turn in turns:
         if not {"role", "content"} <= {*turn}:
             raise ValueError(f'a turn of "{name}" has {listed(turn)}; wanted are "role", "content"')
@@ -183,12 +185,12 @@ def conversation_row(record: dict, fields: list[str]) -> tuple[str, ...]:
     if before and not all(turn in before for turn in prompt):
         raise ValueError(f'"{fields[0]}" is a conversation that does not repeat "prompt"')
     turns = before or prompt
+    last = [turn["role"] for turn in turns[-1:]]
+    if last != ["user"]:
+        raise ValueError(f'the prompt ends with a turn of {listed(last)}, not of "user"')
     if record.get("system"):
         turns = [{"role": "system", "content": check_text(record["system"], "system")}, *turns]
-    roles = [turn["role"] for turn in turns]
-    if roles[-1:] != ["user"]:
-        raise ValueError(f'the prompt ends with a turn of {listed(roles[-1:])}, not of "user"')
-    if "system" in roles[1:]:
+    if "system" in [turn["role"] for turn in turns[1:]]:
         raise ValueError('a turn of "system" may only be the first')
     return data.apply_template(turns, *(side[-1]["content"] for side in sides))
 
@@ -203,7 +205,7 @@ def split_texts(texts: list[str], fields: list[str]) -> tuple[str, ...]:
     words = len(texts) > 1 and re.match(r".*\S(?=\s)", common, re.S)
     end = max(ends) or (words.end() if words else 0)
     if not end:
-        raise ValueError('no "prompt", nor a word with which both texts begin')
+        raise ValueError('there is neither a "prompt" nor a word with which both texts begin')
     if len(ends) > 1 or end > len(common):
         raise ValueError("the transcripts part before their last answers")
     return common[:end], *(check_text(text[end:], name) for text, name in zip(texts, fields))
@@ -215,9 +217,9 @@ def value_of(record: dict, kind: str) -> tuple:
     for value in values:
         is_number = isinstance(value, (int, float)) and abs(value) < math.inf
         if kind == "thumbs" and (not is_number or value not in (0, 1)):
-            raise ValueError('"label" is neither true nor false')
+            raise ValueError(f'"label" is {excerpt(value)}, neither true nor false')
         if kind == "ratings" and (not is_number or isinstance(value, bool)):
-            raise ValueError('"rating" is no finite number')
+            raise ValueError(f'"rating" is {excerpt(value)}, no finite number')
     return tuple(bool(value) if kind == "thumbs" else value for value in values)
 
 
@@ -239,4 +241,9 @@ def read_record(record, wanted: str) -> tuple:
     if kind == "pairs" and row[1].split() == row[2].split():
         raise ValueError('"chosen" equals "rejected"' + " but for white space" * (row[1] != row[2]))
     read = {"prompt", "system", *fields, *VALUES.get(kind, ())}
-    return kind, form, row + value_of(record, kind), [name for name in record if name not in read]
+    unread = [name for name in record if name not in read]
+    for name in ("prompt", *fields):
+        turns = record.get(name) if isinstance(record.get(name), list) else []
+        inner = [field for turn in turns for field in turn if field not in ("role", "content")]
+        unread += [f"{field} in {name}" for field in inner]
+    return kind, form, row + value_of(record, kind), unread

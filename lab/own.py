@@ -3,6 +3,7 @@
 import hashlib
 import math
 import re
+from collections import Counter
 
 from lab import files
 
@@ -11,6 +12,16 @@ FIRST_TURN = re.compile(
     r"^(?:### ?)?(?:human|user):(.*?)(?=^(?:### ?)?(?:human|user|assistant):|\Z)",
     re.IGNORECASE | re.MULTILINE | re.DOTALL,
 )
+
+
+def own_corpus(path: str) -> tuple[list[str], list[str]]:
+    """A file to pretrain on -> (nine tenths of it, the last tenth), each a list of one text."""
+    try:
+        text = files.read_bytes(path).decode("utf-8-sig").replace("\r\n", "\n")
+    except UnicodeDecodeError as error:
+        raise SystemExit(f"{path}: not UTF-8 at byte {error.start}")
+    border = len(text) * 9 // 10
+    return [text[:border]], [text[border:]]
 
 
 class OwnFile:
@@ -22,19 +33,23 @@ class OwnFile:
 
     def __init__(self, path, wanted, config, held_out=""):
         self.path, self.config = path, config
-        self.rows, self.left_out, unread = [], {}, {}
+        self.rows, self.left_out, read, unread = [], {}, [], {}
         records = files.read_records(path, wanted)
         self.count = len(records)
         for place, record in records:
             try:
                 kind, form, row, others = files.read_record(record, wanted)
-                if self.rows and (kind, form) != (self.kind, self.form):
-                    raise ValueError(f"{kind} of {form}, after {self.kind} of {self.form}")
-                self.kind, self.form = kind, form
-                self.rows.append((place, row))
+                read.append((place, row, (kind, form)))
                 unread |= dict.fromkeys(others)
             except (ValueError, RecursionError) as error:
                 self.leave_out(place, str(error))
+        sorts = Counter(sort for _, _, sort in read)
+        self.kind, self.form = usual = max(sorts, key=sorts.get, default=("", ""))
+        for place, row, sort in read:
+            if sort == usual:
+                self.rows.append((place, row))
+            else:
+                self.leave_out(place, f"{' of '.join(sort)}, but most are {' of '.join(usual)}")
         self.check()
         if unread:
             print(f"{path}: not read: {files.listed(unread)}")
@@ -43,8 +58,9 @@ class OwnFile:
                 f'{path}: no "prompt": it is what both texts begin with, as {self.rows[0][1][0]!r}'
             )
         self.held_out = OwnFile(held_out, wanted, config) if held_out else None
-        if held_out and self.held_out.kind != self.kind:
-            raise SystemExit(f"{path} has {self.kind}, but {held_out} has {self.held_out.kind}")
+        if held_out and (other := (self.held_out.kind, self.held_out.form)) != usual:
+            has = f"{path} has {' of '.join(usual)}"
+            raise SystemExit(f"{has}, but {held_out} has {' of '.join(other)}")
 
     def leave_out(self, place, reason):
         """Note it among those with the same reason, whatever the numbers in it."""
@@ -95,12 +111,12 @@ class OwnFile:
                 print(f"{self.held_out.path}: the prompts of {both} are in {self.path}, too")
         else:
             train, held_out = hold_out(rows, self.path)
-        if self.kind == "thumbs" and len({liked for _, _, liked in train}) < 2:
-            label = str(train[0][2]).lower()
-            raise SystemExit(f"{self.path}: all labels are {label}, and KTO learns from both kinds")
         self.report = self.counts() | {"trained": len(train), "held_out": len(held_out)}
         if self.held_out:
             self.report["held_out_file"] = self.held_out.counts()
+        if self.kind == "thumbs" and len({liked for _, _, liked in train}) < 2:
+            label = str(train[0][2]).lower()
+            raise SystemExit(f"{self.path}: all labels are {label}, and KTO learns from both kinds")
         noun = "pairs" if self.kind == "ratings" else self.kind
         print(f"{len(train)} {noun} to train on, {len(held_out)} held out")
         if self.kind == "thumbs":
@@ -132,10 +148,11 @@ class OwnFile:
             print(f"{self.path}: most responses begin without a space, {joined}")
         if 2 * sum(text.startswith(prompt) for prompt, text in texts) > len(texts):
             print(f"{self.path}: most responses repeat their prompts, which is learnt, too")
-        if len(rows) > len({*rows}):
-            print(f"{self.path}: {len(rows) - len({*rows})} repeat another, word for word")
-        known = {*rows} if len(rows[0]) == 3 else {}
-        opposite = [(p, a, not b) if self.kind == "thumbs" else (p, b, a) for p, a, b in known]
+        known = {tuple(x.strip() if isinstance(x, str) else x for x in row) for row in rows}
+        if len(rows) > len(known):
+            print(f"{self.path}: {len(rows) - len(known)} repeat another, word for word")
+        triples = known if len(rows[0]) == 3 else []
+        opposite = [(p, a, not b) if self.kind == "thumbs" else (p, b, a) for p, a, b in triples]
         if count := sum(row in known for row in opposite):
             print(f"{self.path}: {count} {self.kind} stand there with the opposite label, too")
 
@@ -145,14 +162,20 @@ def best_and_worst(rows, path):
     worst, the first among equals. A prompt with a single rating makes no pair."""
     by_prompt = {}
     for prompt, response, rating in rows:
-        by_prompt.setdefault(prompt, []).append((rating, response))
+        by_prompt.setdefault(prompt.strip(), []).append((prompt, response, rating))
     pairs = []
-    for prompt, rated in by_prompt.items():
-        best, worst = max(rated, key=lambda r: r[0]), min(rated, key=lambda r: r[0])
-        if best[0] > worst[0] and best[1].split() != worst[1].split():
-            pairs.append((prompt, best[1], worst[1]))
-    counts = f"{len(rows)} rated responses to {len(by_prompt)} prompts give {len(pairs)} pairs"
-    print(f"{path}: {counts}")
+    for rated in by_prompt.values():
+        (prompt, chosen, most), (_, rejected, least) = (
+            f(rated, key=lambda row: row[2]) for f in (max, min)
+        )
+        if most > least and chosen.split() != rejected.split():
+            pairs.append((prompt, chosen, rejected))
+    single = sum(len(rated) == 1 for rated in by_prompt.values())
+    print(
+        f"{path}: {len(rows)} rated responses to {len(by_prompt)} prompts give {len(pairs)} pairs; "
+        f"{single} prompts have one response, "
+        f"{len(by_prompt) - single - len(pairs)} none that is better than another"
+    )
     if not pairs:
         raise SystemExit(f"{path}: no prompt has two responses of different ratings")
     return pairs

@@ -343,13 +343,16 @@ def test_a_trainer_writes_the_same_files_as_train_dpo(
 
 
 def test_kto_learns_from_somebodys_thumbs(toy_sft, monkeypatch, tmp_path):
+    """Of 33 rows the last batch has a single one, whose mismatch alone makes its z."""
     rows = [
         {"prompt": f"What is {i}?", "completion": f" It is {i}.", "label": i % 3 > 0}
-        for i in range(30)
+        for i in range(40)
     ]
-    path = tmp_path / "thumbs.jsonl"
-    path.write_text("\n".join(json.dumps(row) for row in rows))
-    flags = ["--loss=kto", f"--pairs={path}", f"--out={tmp_path}", "--batch-size=8", *SIZES]
+    paths = tmp_path / "thumbs.jsonl", tmp_path / "held_out.jsonl"
+    for path, part in zip(paths, (rows[:33], rows[33:])):
+        path.write_text("\n".join(map(json.dumps, part)))
+    files = [f"--pairs={paths[0]}", f"--held-out={paths[1]}", f"--out={tmp_path}"]
+    flags = ["--loss=kto", *files, "--batch-size=8", *SIZES]
     run_main(monkeypatch, train_variant, f"--init={toy_sft}/sft.pt", *flags)
     assert "held-out/accuracy" in json.loads((tmp_path / "kto.json").read_text())
 

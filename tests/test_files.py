@@ -113,7 +113,10 @@ def test_each_shape_of_demonstrations_becomes_the_row_that_it_should(tmp_path, r
         (b"[" * 100_000, "recursion"),
         (json.dumps(GOOD) * 2, 'several objects, the first with "prompt", "chosen", "rejected"'),
         (GOOD | {"chosen": None}, '"chosen" has null, which is no text'),
-        (GOOD | {"chosen": ANSWER}, '"chosen" has {"role": "assistant", "content":'),
+        (GOOD | {"chosen": ANSWER}, '"chosen" has {"role": "assistant", "content": "A cat.…, w'),
+        (GOOD | {"prompt": "who " * 20, "chosen": [USER["content"] * 5, ANSWER]},
+         '"chosen" has ["Which pet?Which pet?Which pet?Which pe…, which is neither a text nor'),
+        (CHAT | {"chosen": ANSWER}, "neither a text nor a list of turns: put it in [ ]"),
         (GOOD | {"chosen": ["A"]}, '"chosen" has ["A"], which is neither a text nor a list'),
         (json.dumps(GOOD) + ",", "a comma after the object"),
         (GOOD | {"prompt": ""}, '"prompt" is empty'),
@@ -129,18 +132,22 @@ def test_each_shape_of_demonstrations_becomes_the_row_that_it_should(tmp_path, r
         ({"instruction": "a", "output": "b"}, "Alpaca"),
         ({"conversations": [], "chosen": {}, "rejected": {}}, "ShareGPT"),
         ({"messages": [USER, ANSWER]}, '"messages" is for train_sft.py --sft'),
-        ({"chosen": "One", "rejected": "Two"}, 'no "prompt", nor a word with which both'),
+        ({"chosen": "One", "rejected": "Two"}, 'neither a "prompt" nor a word with which both'),
         ({"chosen": "Q? ", "rejected": "Q? A"}, '"chosen" is empty'),
         ({"chosen": f"{LOUD} B{HUMAN} E", "rejected": f"{LOUD} C{HUMAN} E"},
          "the transcripts part before their last answers"),
         ({"chosen": f"{HUMAN} A{HUMAN} B", "rejected": f"{HUMAN} A"}, "the transcripts part"),
-        ({"prompt": "q", "completion": "a", "label": "1"}, '"label" is neither true nor false'),
-        ({"prompt": "q", "completion": "a", "label": 2}, '"label" is neither true nor false'),
-        ({"prompt": "q", "response": "a", "rating": "5"}, '"rating" is no finite number'),
-        ({"prompt": "q", "response": "a", "rating": True}, '"rating" is no finite number'),
-        ({"prompt": "q", "response": "a", "rating": float("nan")}, '"rating" is no finite number'),
+        ({"prompt": "q", "completion": "a", "label": "1"}, '"label" is "1", neither true nor'),
+        ({"prompt": "q", "completion": "a", "label": -1}, '"label" is -1, neither true nor false'),
+        ({"prompt": "q", "response": "a", "rating": "5"}, '"rating" is "5", no finite number'),
+        ({"prompt": "q", "response": "a", "rating": True}, '"rating" is true, no finite number'),
+        ({"prompt": "q", "response": "a", "rating": float("nan")}, '"rating" is NaN, no finite'),
+        ('{"prompt": "a", "prompt": "b", "chosen": "c", "rejected": "d"}',
+         'a field stands there twice: "prompt", "prompt", "chosen", "rejected"'),
+        ({"data": [GOOD, GOOD]}, 'the fields are "data"; it is one object of many rows: write JS'),
+        ({"input": {"messages": []}, "preferred_output": [], "non_preferred_output": []}, "OpenAI"),
         ({"prompt": "q", "response": " ", "rating": 1}, '"response" is empty'),
-        (CHAT, "pairs of conversations, after pairs of texts"),
+        (CHAT, "pairs of conversations, but most are pairs of texts"),
     ],
 )  # fmt: skip
 def test_a_bad_line_is_named_and_stops_the_run(tmp_path, line, reason):
@@ -170,6 +177,7 @@ def test_a_bad_line_is_named_and_stops_the_run(tmp_path, line, reason):
         (CHAT | {"prompt": [USER, SYSTEM, USER]}, 'a turn of "system" may only be the first'),
         (CHAT | {"prompt": [SYSTEM, USER], "system": "y"}, 'a turn of "system" may only be'),
         (CHAT | {"system": 5}, '"system" has 5, which is no text'),
+        ({"system": "x", "chosen": "a", "rejected": "b"}, "the prompt ends with a turn of none"),
     ],
 )  # fmt: skip
 def test_a_bad_conversation_is_named(tmp_path, record, reason):
@@ -185,13 +193,16 @@ def test_a_bad_conversation_is_named(tmp_path, record, reason):
         ("\n \n", "pairs.jsonl: it is empty"),
         ("[]", "pairs.jsonl: it is empty"),
         ("{}", "line 1: the fields are none; wanted are"),
-        ('prompt,chosen,rejected\n"a","b","c"\n', 'is CSV of "prompt", "chosen", "rejected"; want'),
+        ('prompt,chosen,rejected\n"a","b","c"\n', 'is CSV of "prompt", "chosen", "rejected"; give'),
         (b"PAR1\x15\x04", "is Parquet: write JSON lines"),
         ('{"prompt": "a"}'.encode("utf-16"), "is UTF-16: save it as UTF-8"),
         (b"PK\x03\x04...", "is a zip archive: unpack it"),
         (gzip.compress(b"{}" * 99)[:-9], "cannot read"),
         (b"\x1f\x8bnot gzip", "cannot read"),
-        ('[\n{"prompt": "a"},\n{"chosen"\n]', "no JSON array: Expecting ':' delimiter at its line"),
+        ('[\n{"prompt": "a"},\n{"chosen"\n]', "no JSON array: Expecting ':' delimiter: line 4"),
+        ('[{"prompt": "a", "prompt": "b"}]', 'no JSON array: a field stands there twice: "prompt"'),
+        (json.dumps({"data": [GOOD]}, indent=1), '1: the fields are "data"; it is one object'),
+        ('{\n"prompt": "a"}\n{\n"prompt": "b"}', "put each object on one line, or all in [ ]"),
     ],
 )  # fmt: skip
 def test_a_file_of_another_kind_is_named_in_one_line(tmp_path, content, reason):
@@ -263,9 +274,12 @@ def test_what_is_odd_is_said_once(tmp_path, tokenizer, capsys):
     )
     repeated = [r | {"chosen": r["prompt"] + " A", "rejected": r["prompt"] + " B"} for r in plain]
     assert "repeat their prompts" in printed(repeated)
-    assert "2 repeat another, word for word" in printed([*plain, *plain[:2]])
+    spaced = [r | {"prompt": r["prompt"] + "\n"} for r in plain[1:2]]
+    assert "2 repeat another, word for word" in printed([*plain, plain[0], *spaced])
     more = [r | {"score": 1, "id": "x", "system_prompt": "Be kind."} for r in plain]
     assert printed(more).count('not read: "score", "id", "system_prompt"\n') == 1
+    inner = [CHAT | {"prompt": [USER | {"content": f"{i}?", "weight": 0}]} for i in range(30)]
+    assert printed(inner).count('not read: "weight in prompt"\n') == 1
     implicit = [{"chosen": f"{i}? One", "rejected": f"{i}? Two"} for i in range(30)]
     assert "no \"prompt\": it is what both texts begin with, as '0?'" in printed(implicit)
     flipped = [*plain, GOOD | {"prompt": "0?", "chosen": " A dog.", "rejected": " A cat."}]
@@ -278,10 +292,11 @@ def test_what_is_odd_is_said_once(tmp_path, tokenizer, capsys):
     assert 'not read: "label"' in printed(demos, "sft")
 
 
-def test_thumbs_of_one_kind_are_refused(tmp_path, tokenizer):
+def test_thumbs_of_one_kind_are_refused(tmp_path, tokenizer, capsys):
     rows = [{"prompt": f"{i}?", "completion": " A", "label": True} for i in range(30)]
     message = refusal(own_file(write(tmp_path, rows)).split, tokenizer, 64)
     assert "all labels are true, and KTO learns from both kinds" in message
+    assert "30 read\n" in capsys.readouterr().out
 
 
 def hashed_low(text):
@@ -336,18 +351,29 @@ def test_a_file_to_hold_out_takes_the_place_of_the_split(tmp_path, tokenizer, ca
     assert f"{other}: the prompts of 1 are in {path}, too" in capsys.readouterr().out
     assert file.report["held_out"] == 5 == file.report["held_out_file"]["read"]
     thumbs = write(tmp_path, [{"prompt": "q", "completion": "a", "label": True}], "thumbs.jsonl")
-    assert "has pairs, but" in refusal(own_file, path, "pairs", thumbs)
+    assert "has pairs of texts, but" in refusal(own_file, path, "pairs", thumbs)
+    chat = write(tmp_path, [CHAT], "chat.jsonl")
+    assert f"but {chat} has pairs of conversations" in refusal(own_file, path, "pairs", chat)
+
+
+def test_most_lines_say_what_a_file_holds(tmp_path):
+    """Not the first: one odd line at the top leaves the others their right."""
+    path = write(tmp_path, [CHAT | {"system": "Be kind."}, *[GOOD] * 12])
+    file = own_file(path, skip_bad=True)
+    assert len(file.rows) == 12 and file.form == "texts"
+    assert "line 1: pairs of conversations, but most are pairs of texts" in refusal(own_file, path)
 
 
 def test_a_rated_log_gives_the_pairs_it_should(tmp_path, tokenizer, capsys):
     """Best against worst of each prompt; a prompt with one rating, or with equal ones, none."""
-    said = [("q1", " a", 3), ("q2", " b", 1), ("q1", " c", 5), ("q1", " d", 1.5), ("q2", " e", 1)]
+    said = [("q1", " a", 3), ("q2", " b", 1), ("q1 ", " c", 5), ("q1", " d", 1.5), ("q2", " e", 1)]
     said += [("q3", " f", 2), ("q4", " g", -1), ("q4", " h", 0), ("q1", " i", 5)]
     said.append(("q4", " j", -(10**400)))  # a number that no float holds
     records = [{"prompt": p, "response": r, "rating": x} for p, r, x in said]
     pairs = sum(own_file(write(tmp_path, records)).split(tokenizer, 64), [])
-    assert sorted(pairs) == [("q1", " c", " d"), ("q4", " h", " j")]
-    assert "10 rated responses to 4 prompts give 2 pairs" in capsys.readouterr().out
+    assert sorted(pairs) == [("q1 ", " c", " d"), ("q4", " h", " j")]
+    said = "10 rated responses to 4 prompts give 2 pairs; 1 prompts have one response, 1 none that"
+    assert said in capsys.readouterr().out
     message = refusal(own_file(write(tmp_path, records[1:2])).split, tokenizer, 64)
     assert "no prompt has two responses of different ratings" in message
 

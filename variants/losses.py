@@ -150,10 +150,8 @@ def orpo_loss(
 def kto_reference_point(policy_logps: Tensor, ref_logps: Tensor) -> Tensor:
     """z: an estimate of KL(π_θ‖π_ref) from prompts with other prompts' responses (B,) -> ().
 
-    No gradient passes. Raises ValueError for a batch of one, which has no other prompt.
+    No gradient passes. An epoch's last batch may have one row only, and z is then its own.
     """
-    if len(policy_logps) < 2:
-        raise ValueError("KTO needs at least 2 examples in a batch, for z is their mean")
     return (policy_logps - ref_logps).mean().clamp(min=0).detach()
 
 
