@@ -1,8 +1,10 @@
 """Made-up files of the kinds that people bring, and what the defaults for them make of these.
 
-    python experiments/own_data.py --seeds 10,11,12     trains, and prints the table
+    python experiments/own_data.py                      the defaults, on three seeds of four kinds
+    python experiments/own_data.py --kinds styles,styles_4,styles_12 --seeds 10 --flags="--lr=3e-5"
 
 styles       short answers, kind or curt; the kind one is preferred in nine pairs of ten
+styles_4     the same with four sentences in place of one, and styles_12 with twelve
 transcripts  several turns of Human and Assistant, long answers; one label in three is flipped
 unequal      answers of one to eight sentences; the one that gives a reason is preferred
 faithful     the answer that keeps to the thing asked for is preferred; no word alone tells it
@@ -15,6 +17,7 @@ import random
 import statistics
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -33,6 +36,9 @@ PLACES = "garden kitchen cellar attic yard hall shed porch workshop harbour mark
 ADVERBS = "slowly gently twice early daily firmly quietly often outside by hand".split(" ")
 REASONS = """because it lasts longer;because water harms it;so that nothing breaks;because dust
 collects there;since rust is slow;so that it runs well""".replace("\n", " ").split(";")
+
+KIND = ["Gladly!", "Certainly.", "With pleasure!"], ["Good luck!", "Take care!"]
+CURT = ["Look.", "Well.", "Hm."], ["Is that all?", "Do it yourself."]
 
 
 def sentence(rng, thing):
@@ -54,14 +60,9 @@ def question(rng, thing):
     ])  # fmt: skip
 
 
-def styles(rng, thing, good):
-    opening = rng.choice(
-        ["Gladly!", "Certainly.", "With pleasure!"] if good else ["Look.", "Well.", "Hm."]
-    )
-    closing = rng.choice(
-        ["Good luck!", "Take care!"] if good else ["Is that all?", "Do it yourself."]
-    )
-    return f" {opening} {sentence(rng, thing)} {closing}"
+def styles(rng, thing, good, count=1):
+    opening, closing = map(rng.choice, KIND if good else CURT)
+    return " ".join(["", opening, *(sentence(rng, thing) for _ in range(count)), closing])
 
 
 def long_answer(rng, thing, good):
@@ -86,13 +87,14 @@ def faithful(rng, thing, good):
     return " " + " ".join(sentence(rng, thing) for _ in range(rng.randint(1, 3)))
 
 
-KINDS = {  # how an answer is made, and the share of flipped labels
-    "styles": (styles, 0.1),
-    "transcripts": (long_answer, 1 / 3),
-    "unequal": (unequal, 0.05),
-    "faithful": (faithful, 0.1),
+KINDS = {  # how an answer is made, the share of flipped labels, and a block that every pair fits
+    "styles": (styles, 0.1, 192),
+    "transcripts": (long_answer, 1 / 3, 320),
+    "unequal": (unequal, 0.05, 256),
+    "faithful": (faithful, 0.1, 192),
+    "styles_4": (partial(styles, count=4), 0.1, 192),
+    "styles_12": (partial(styles, count=12), 0.1, 384),
 }
-BLOCK_SIZES = {"transcripts": 320, "unequal": 256}  # so that every pair fits; 192 for the others
 
 
 def prompt_of(rng, kind, thing):
@@ -108,13 +110,11 @@ def prompt_of(rng, kind, thing):
 def make(kind, seed, folder, pairs=1100, demonstrations=800):
     """Write the three files. A third of the demonstrations are of the preferred sort."""
     rng = random.Random(f"{kind} {seed}")
-    answer, flips = KINDS[kind]
+    answer, flips, _ = KINDS[kind]
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    texts = [
-        prompt_of(rng, kind, t) + answer(rng, t, i % 2)
-        for i, t in enumerate(rng.choices(THINGS, k=600))
-    ]
+    things = enumerate(rng.choices(THINGS, k=600))
+    texts = [prompt_of(rng, kind, thing) + answer(rng, thing, i % 2) for i, thing in things]
     (folder / "corpus.txt").write_text("\n".join(texts))
     records = {"sft": [], "pairs": []}
     for thing in rng.choices(THINGS, k=demonstrations):
@@ -163,20 +163,32 @@ def judge_by_words(path):
     return (held_out @ weights > 0).float().mean().item()
 
 
-def run(kind, seed, out, *more):
-    """Make the files, train by the defaults -> the report of DPO, with the judge's accuracy."""
+def run(kind, seed, out, more):
+    """Make the files and fine-tune, if that is not done yet; then train_dpo.py with these flags
+    -> its report, with the judge's accuracy."""
     folder = Path(out).absolute() / f"{kind}-{seed}"
-    if not (folder / "dpo.json").exists():
+    trial = folder / ("".join(more) or "defaults")
+
+    def train(script, out, *flags):
+        with open(folder / "log.txt", "a") as log:
+            line = [sys.executable, script, f"--seed={seed}", f"--out={out}", *flags]
+            subprocess.run(line, cwd=ROOT, check=True, stdout=log, stderr=log)
+
+    if not (folder / "sft.json").exists():
         make(kind, seed, folder)
         own = [f"--corpus={folder}/corpus.txt", f"--sft={folder}/sft.jsonl"]
-        sft = [*own, "--vocab-size=500", f"--block-size={BLOCK_SIZES.get(kind, 192)}"]
-        dpo = [f"--pairs={folder}/pairs.jsonl"]
-        for script, flags in (("train_sft.py", sft), ("train_dpo.py", dpo)):
-            line = [sys.executable, script, f"--seed={seed}", f"--out={folder}", *flags, *more]
-            with open(folder / f"{script}.txt", "w") as log:
-                subprocess.run(line, cwd=ROOT, check=True, stdout=log, stderr=log)
-    report = json.loads((folder / "dpo.json").read_text())
+        train("train_sft.py", folder, *own, "--vocab-size=500", f"--block-size={KINDS[kind][2]}")
+    if not (trial / "dpo.json").exists():
+        own = [f"--init={folder}/sft.pt", f"--pairs={folder}/pairs.jsonl"]
+        train("train_dpo.py", trial, *own, *more)
+    report = json.loads((trial / "dpo.json").read_text())
     return report | {"judge": judge_by_words(folder / "pairs.jsonl")}
+
+
+COLUMNS = [
+    "kind", "tokens", "lr", "kept step", "held-out loss − ln 2", "accuracy", "judge by words",
+    "KL", "cut off (points)",
+]  # fmt: skip
 
 
 def print_row(kind, reports):
@@ -189,9 +201,10 @@ def print_row(kind, reports):
     loss = [r["held-out/loss"] - math.log(2) for r in reports]
     error = math.sqrt(sum(r["held-out/loss_se"] ** 2 for r in reports)) / len(reports)
     share = [100 * (r["fresh/cut-off"] - r["start"]["fresh/cut-off"]) for r in reports]
+    tokens = statistics.fmean(r["start"]["fresh/tokens"] for r in reports)
     kept = ", ".join(f"{r['kept']['step']}/{r['kept']['of']}" for r in reports)
     cells = [
-        kind, f"{reports[0]['config']['lr']:.1e}", kept,
+        kind, f"{tokens:.0f}", f"{reports[0]['config']['lr']:.1e}", kept,
         f"{statistics.fmean(loss):.3f} ± {error:.3f}",
         mean([r["held-out/accuracy"] for r in reports], ".3f"),
         mean([r["judge"] for r in reports], ".3f"),
@@ -203,16 +216,14 @@ def print_row(kind, reports):
 def main():
     parser = argparse.ArgumentParser(allow_abbrev=False)
     parser.add_argument("--seeds", default="10,11,12", help="with commas between them")
-    parser.add_argument("--kinds", default=",".join(KINDS), help="with commas between them")
+    parser.add_argument("--kinds", default="styles,transcripts,unequal,faithful")
+    parser.add_argument("--flags", default="", help="for train_dpo.py, in place of its defaults")
     parser.add_argument("--out", default="out/own_data")
     options = parser.parse_args()
-    columns = (
-        "kind, lr, kept step, held-out loss − ln 2, accuracy, judge by words, KL, cut off, points"
-    )
-    print("|", columns.replace(", points", " (points)").replace(", ", " | "), "|")
-    print("|---|---|---|---|---|---|---|---|")
+    print("|", " | ".join(COLUMNS), "|\n" + "|---" * len(COLUMNS) + "|")
     for kind in options.kinds.split(","):
-        print_row(kind, [run(kind, seed, options.out) for seed in options.seeds.split(",")])
+        seeds, more = options.seeds.split(","), options.flags.split()
+        print_row(kind, [run(kind, seed, options.out, more) for seed in seeds])
 
 
 if __name__ == "__main__":

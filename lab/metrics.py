@@ -56,9 +56,13 @@ class Best:
             said += "; the steps after it only made it worse"
         print(f"{name} keeps {said}")
 
-    def report(self, steps):
-        """What the report says of it."""
+    def report(self, steps, found):
+        """What the report says of it. Shows what was found of the kept weights."""
         if not self.weights:
             return {}
+        names = [name for name in found if f"{name}_se" in found]
+        texts = [f"{name} {found[name]:.3f} ± {found[f'{name}_se']:.3f}" for name in names]
+        if texts:
+            print("of these weights, ± standard error:", "  ".join(texts))
         how = "the least held-out loss of all measured, on these very held-out rows"
         return {"kept": {"step": self.step, "of": steps, "by": how}, "start": self.start}

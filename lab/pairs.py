@@ -88,6 +88,7 @@ class OwnData:
         policy.learnt = file.learnt
         config.max_new_tokens = config.max_new_tokens or file.answer_tokens
         config.lr = config.lr or own_rate(config, file.mean_tokens)
+        print(f"--lr {config.lr:g}; a response has {file.mean_tokens:.0f} tokens on average")
         prompts = list(dict.fromkeys(prompt for prompt, *_ in self.texts[1]))
         longest = block_size - config.max_new_tokens
         short = [prompt for prompt in prompts if len(tokenizer.encode_ordinary(prompt)) <= longest]

@@ -27,7 +27,7 @@ NOT_COMPUTED = set(
 
 def prepare(config):
     """Print the config, seed torch, prove that --out can be written -> the device."""
-    print("config:", *(f"{name}={value}" for name, value in vars(config).items() if value != ""))
+    print("config:", *(f"{name}={v}" for name, v in flags.used(config).items() if v != ""))
     torch.manual_seed(config.seed)
     try:
         os.makedirs(config.out, exist_ok=True)
@@ -205,7 +205,7 @@ class Run:
         """Write the report, and remove what only an interrupted run needs."""
         self.lap("measuring")
         end = {"seconds": self.seconds, "config": flags.used(self.config), "seed": self.config.seed}
-        end |= self.best.report(self.step)
+        end |= self.best.report(self.step, report)
         write_json(f"{self.path}.json", report | end)
         os.remove(f"{self.path}.part.pt")
         print(f"wrote {self.name}.pt, .jsonl, .json to {self.config.out}/; seconds: {self.seconds}")

@@ -127,6 +127,23 @@ def test_pairs_that_have_changed_are_not_resumed(whole, tmp_path, monkeypatch):
     assert "another run: data was" in refusal(run_main, monkeypatch, train_dpo, *flags, "--resume")
 
 
+@needs_unix
+def test_a_killed_run_on_own_pairs_still_has_its_best_weights(whole, tmp_path, monkeypatch):
+    """The pairs held out say the opposite, so that every step is worse than the start."""
+    records = [json.loads(line) for line in (whole / "pairs.jsonl").read_text().splitlines()]
+    opposite = [r | {"chosen": r["rejected"], "rejected": r["chosen"]} for r in records]
+    for name, lines in (("pairs", records), ("opposite", opposite)):
+        (tmp_path / f"{name}.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    files = [f"--pairs={tmp_path}/pairs.jsonl", f"--held-out={tmp_path}/opposite.jsonl"]
+    flags = [f"--out={tmp_path}", f"--init={whole}/sft.pt", *files, "--lr=1e-3"]
+    kill("in a step", 4, "train_dpo", flags)
+    run_main(monkeypatch, train_dpo, *flags, "--resume")
+    report = json.loads((tmp_path / "dpo.json").read_text())
+    assert report["kept"]["step"] == 0 and report["start"]["held-out/loss"] < 0.7
+    assert same_weights(tmp_path / "dpo.pt", whole / "sft.pt")
+    assert not same_weights(tmp_path / "dpo.pt", whole / "dpo.pt")
+
+
 def test_a_reference_that_has_changed_is_not_resumed(whole, tmp_path, monkeypatch):
     reference, state = gpt.load(whole / "sft.pt")
     gpt.save(tmp_path / "sft.pt", reference, tokenizer=state["tokenizer"])

@@ -49,8 +49,10 @@ def test_the_weights_of_the_least_held_out_loss_are_kept(capsys):
         best.note(model, step, {"held-out/loss": loss})
     assert best.worse_since == 2
     best.take(model, "dpo", 16)
-    assert weight.item() == 8 and best.report(16)["kept"]["step"] == 8
+    assert weight.item() == 8 and best.report(16, {})["kept"]["step"] == 8
     assert "step 8 of 16" in (said := capsys.readouterr().out) and "only made it worse" in said
+    best.report(16, {"held-out/loss": 1.5, "held-out/loss_se": 0.25, "fresh/n": 9})
+    assert capsys.readouterr().out.endswith("± standard error: held-out/loss 1.500 ± 0.250\n")
 
 
 def test_where_no_step_beats_the_start_the_start_is_kept_and_where_nothing_is_held_out_nothing(
@@ -67,7 +69,7 @@ def test_where_no_step_beats_the_start_the_start_is_kept_and_where_nothing_is_he
     best = Best()
     best.note(model, 3, {"fresh/kl": 1.0})
     best.take(model, "dpo", 3)
-    assert best.report(3) == {} and not capsys.readouterr().out
+    assert best.report(3, {}) == {} and not capsys.readouterr().out
 
 
 def test_means_and_their_standard_errors_by_hand():
