@@ -27,12 +27,17 @@ def read_run(folder, name):
 
 
 def plot(axis, steps, name, color):
-    """A metric over the steps that have it: faintly; boldly the mean of the last 20, if so many."""
-    x, y = zip(*[(line["step"], line[name]) for line in steps if name in line])
+    """A metric over the steps that have it: faintly; boldly the mean of the last 20, if so many.
+    Its standard error, where it is known, is a band."""
+    found = [line for line in steps if name in line]
+    x, y = [line["step"] for line in found], [line[name] for line in found]
     smooth = 20 if len(y) > 20 else 1
     means = [statistics.fmean(y[max(0, i - smooth + 1) : i + 1]) for i in range(len(y))]
     axis.plot(x, y, color=color, alpha=0.25, linewidth=0.7)
     axis.plot(x, means, color=color, linewidth=1.8, label=name)
+    if f"{name}_se" in found[-1]:
+        edges = [[line[name] + k * line[f"{name}_se"] for line in found] for k in (-1, 1)]
+        axis.fill_between(x, *edges, color=color, alpha=0.15, linewidth=0)
 
 
 def draw(steps, report, path):
@@ -57,17 +62,21 @@ def draw(steps, report, path):
             kind = name if name.endswith("accuracies") else name.split("/")[0]
             kind = name if is_own and kind in ("held-out", "fresh") else kind
             panels.setdefault(kind, []).append(name)
-    size = 3.5 * len(panels), 3.2
-    figure, axes = plt.subplots(1, len(panels), figsize=size, layout="constrained")
-    for axis, (kind, names) in zip(axes, panels.items()):
+    columns, rows = min(5, len(panels)), math.ceil(len(panels) / 5)
+    size = 3.5 * columns, 3.2 * rows
+    figure, axes = plt.subplots(rows, columns, figsize=size, layout="constrained", squeeze=False)
+    for axis in axes.flat[len(panels) :]:
+        axis.set_axis_off()
+    for axis, (kind, names) in zip(axes.flat, panels.items()):
         for name, color in zip(names, COLORS):
             # At step 1 policy and reference are still one: its accuracy is rounding noise.
             plot(axis, steps[2:] if name == "rewards/accuracies" else steps, name, color)
             if name in limits:
                 axis.axhline(limits[name], color=color, linestyle=":")  # of the optimum
-        axis.set(title=kind, xlabel="step")
+        axis.set(title=kind if len(names) > 1 else names[0], xlabel="step")
         axis.margins(y=0.3)
-        axis.legend(frameon=False, fontsize=8)
+        if len(names) > 1:
+            axis.legend(frameon=False, fontsize=8)
         axis.spines[["top", "right"]].set_visible(False)
     figure.savefig(path, metadata={"Date": None})
     print(f"wrote {path}")
