@@ -33,10 +33,10 @@ class Config(evaluate.Config):
     """The settings of DPO. Inherited: seed, out, device, dtype, init, max_new_tokens, eval_*."""
 
     beta: float = flag(0.5, "β of Eq. 7, and of Eq. 3, by which the report judges the policy")
-    lr: float = flag(6e-3, "highest rate; for your own data by the responses' length", own=0)
+    lr: float = flag(6e-3, "highest rate; your own data's falls with the responses' length", own=0)
     optimizer: str = flag("sgd", "adamw needs a far lower --lr", ("sgd", "adamw"), own="adamw")
     momentum: float = flag(0.9, "momentum of sgd", zero=True, below=1)
-    epochs: int = flag(1, "passes over the pairs; more than one overfits noisy labels", own=3)
+    epochs: int = flag(1, "passes over the pairs; over your own as many as make 200 steps", own=0)
     batch_size: int = flag(64, "pairs in each step", own=16)
     grad_accum: int = flag(1, "parts of a batch, each with its backward pass: takes less memory")
     num_pairs: int = flag(24_000, "pairs to sample in the village; with fewer, facts stay unlearnt")

@@ -81,7 +81,7 @@ def used(config):
     is_own = settings.get("pairs") or settings.get("sft")
     idle = village if is_own else own | {"pairs", "sft", "corpus", "max_epochs"}
     idle |= {"momentum"} if settings.get("optimizer") == "adamw" else set()
-    by_data = "pretrain_steps", "steps", "lr", "max_new_tokens"  # 0 until the data are seen
+    by_data = "pretrain_steps", "steps", "lr", "epochs", "max_new_tokens"  # 0 until data are seen
     idle |= {name for name in by_data if not settings.get(name)}
     return {name: value for name, value in settings.items() if name not in idle}
 

@@ -5,6 +5,7 @@ samples show on the way; report(), what they show in the end, beside what can be
 """
 
 import json
+import math
 import os
 import random
 
@@ -15,7 +16,8 @@ from lab import evaluate, metrics, runs, village
 from lab.own import OwnFile
 from responses import sample_responses
 
-RATE_BY_TOKENS = 7.5e-4  # by trial on the sets of experiments/own_data.py, one seed each
+# By trial on the sets of experiments/own_data.py, one seed each.
+RATE_BY_TOKENS, OWN_STEPS = 7.5e-4, 200
 
 
 class Village:
@@ -86,22 +88,28 @@ class OwnData:
             what = "no conversations" if file.learnt["conversations"] else "conversations"
             print(f"the model has learnt {what}, but {config.pairs} has {file.form}")
         policy.learnt = file.learnt
-        config.max_new_tokens = config.max_new_tokens or file.answer_tokens
-        config.lr = config.lr or own_rate(config, file.mean_tokens)
-        print(f"--lr {config.lr:g}; a response has {file.mean_tokens:.0f} tokens on average")
+        self.settle(file)
         prompts = list(dict.fromkeys(prompt for prompt, *_ in self.texts[1]))
         longest = block_size - config.max_new_tokens
         short = [prompt for prompt in prompts if len(tokenizer.encode_ordinary(prompt)) <= longest]
-        print(
-            f"{len(short)} of {len(prompts)} held-out prompts leave room for --max-new-tokens "
-            f"{config.max_new_tokens}"
-        )
+        print(f"{len(short)} of {len(prompts)} held-out prompts leave room for so many new tokens")
         if not short:
             raise SystemExit("no held-out prompt has room for a response: lower --max-new-tokens")
         self.prompts = short[:480]  # as many samples as the village's probe() draws
+        self.sampled = self.prompts * math.ceil(100 / len(self.prompts))  # of few, several each
         if file.kind != "thumbs":
             self.file["longer_wins"] = share = longer_wins(self.texts[0])
             print(f"the longer response is the chosen one in {share:.0%} of the pairs to train on")
+
+    def settle(self, file):
+        """Choose the settings that were not given by what is in the file, and say so."""
+        config, count, tokens = self.config, len(self.texts[0]), file.mean_tokens
+        config.lr = config.lr or own_rate(config, tokens)
+        config.epochs = config.epochs or max(1, round(OWN_STEPS * config.batch_size / count))
+        config.max_new_tokens = config.max_new_tokens or file.answer_tokens
+        chosen = f"--lr {config.lr:g}, --epochs {config.epochs}"
+        chosen += f", --max-new-tokens {config.max_new_tokens}"
+        print(f"{count} rows, responses of {tokens:.0f} tokens on average: {chosen}")
 
     def pairs(self):
         """-> (rows to train on, rows held out): (prompt, chosen, rejected), or thumbs for KTO."""
@@ -110,7 +118,7 @@ class OwnData:
     def probe(self):
         """How far the policy has gone, whether it still ends its answers, and how long they are."""
         _, _, tokenizer = self.models
-        texts, log_ratios = evaluate.fresh_samples(*self.models, self.prompts, self.config)
+        texts, log_ratios = evaluate.fresh_samples(*self.models, self.sampled, self.config)
         cut_off = torch.tensor([text is None for text in texts])
         limit = self.config.max_new_tokens
         lengths = [limit if t is None else len(tokenizer.encode_ordinary(t)) + 1 for t in texts]
@@ -119,7 +127,7 @@ class OwnData:
 
     def report(self):
         evaluate.print_answers(*self.models, self.prompts[:8], self.config)
-        return self.probe() | {"fresh/n": len(self.prompts), "file": self.file}
+        return self.probe() | {"fresh/n": len(self.sampled), "file": self.file}
 
 
 def longer_wins(pairs):
