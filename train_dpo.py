@@ -23,7 +23,7 @@ import data
 from dpo import dpo_loss
 from lab import evaluate, flags, runs
 from lab.flags import flag
-from lab.metrics import check_first_loss, means
+from lab.metrics import check_first_loss, means, weight_sums
 from lab.pairs import OwnData, Village
 from responses import response_logps, response_logps_no_grad
 
@@ -180,7 +180,7 @@ def main():
     print("the first response, scored tokens marked:", data.paint(tokenizer, *pairs.chosen[0]))
     check_start(policy, pairs, config)
     optimizer = make_optimizer(policy, config)
-    run.attach(policy, tokenizer, optimizer, data=texts, reference=runs.weight_sums(reference))
+    run.attach(policy, tokenizer, optimizer, data=texts, reference=weight_sums(reference))
     runs.resume(run)
 
     def measure():

@@ -116,10 +116,11 @@ def make(kind, seed, folder, pairs=1100, demonstrations=800):
     things = enumerate(rng.choices(THINGS, k=600))
     texts = [prompt_of(rng, kind, thing) + answer(rng, thing, i % 2) for i, thing in things]
     (folder / "corpus.txt").write_text("\n".join(texts))
-    records = {"sft": [], "pairs": []}
+    records = {"demonstrations": [], "pairs": []}
     for thing in rng.choices(THINGS, k=demonstrations):
         response = answer(rng, thing, rng.random() < 1 / 3)
-        records["sft"].append({"prompt": prompt_of(rng, kind, thing), "completion": response})
+        record = {"prompt": prompt_of(rng, kind, thing), "completion": response}
+        records["demonstrations"].append(record)
     for thing in rng.choices(THINGS, k=pairs):
         good, bad = answer(rng, thing, True), answer(rng, thing, False)
         chosen, rejected = (bad, good) if rng.random() < flips else (good, bad)
@@ -176,7 +177,7 @@ def run(kind, seed, out, more):
 
     if not (folder / "sft.json").exists():
         make(kind, seed, folder)
-        own = [f"--corpus={folder}/corpus.txt", f"--sft={folder}/sft.jsonl"]
+        own = [f"--corpus={folder}/corpus.txt", f"--sft={folder}/demonstrations.jsonl"]
         train("train_sft.py", folder, *own, "--vocab-size=500", f"--block-size={KINDS[kind][2]}")
     if not (trial / "dpo.json").exists():
         own = [f"--init={folder}/sft.pt", f"--pairs={folder}/pairs.jsonl"]

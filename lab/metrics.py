@@ -24,6 +24,11 @@ def check_first_loss(loss, expected, config):
     tqdm.write(f"loss before the first step: {loss:.4f}; the reference's own: {expected:.4f}")
 
 
+def weight_sums(model):
+    """What tells a model from another: for each of its weights the sum."""
+    return [weights.double().sum().item() for weights in model.state_dict().values()]
+
+
 class Best:
     """The weights with the least held-out loss of all that was measured in a run.
 

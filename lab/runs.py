@@ -97,11 +97,6 @@ def shown(metrics):
     return [name for name in metrics if not name.endswith("_se")]
 
 
-def weight_sums(model):
-    """What tells a model from another: for each of its weights the sum."""
-    return [weights.double().sum().item() for weights in model.state_dict().values()]
-
-
 def identity(config, **parts):
     """What a resumed run must share with the interrupted one: settings, and parts such as data."""
     settings = {name: v for name, v in vars(config).items() if name not in NOT_COMPUTED}
@@ -120,8 +115,13 @@ class Run:
 
     def __init__(self, name, config):
         self.name, self.config, self.path = name, config, f"{config.out}/{name}"
-        self.step, self.seconds = 0, {}
-        self.best = Best()
+        self.step, self.seconds, self.best = 0, {}, Best()
+        if os.path.exists(f"{self.path}.jsonl"):
+            with open(f"{self.path}.jsonl", "rb") as file:
+                begins = file.read(8)
+            if begins not in (b"", b'{"step":'):
+                lost = f"{self.path}.jsonl is no log, and one would be written over it"
+                raise SystemExit(f"{lost}: move it, or give another --out")
 
     def lap(self, stage):
         """Note how long a stage took: all the time since the stage before it."""

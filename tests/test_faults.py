@@ -144,6 +144,18 @@ def test_a_killed_run_on_own_pairs_still_has_its_best_weights(whole, tmp_path, m
     assert not same_weights(tmp_path / "dpo.pt", whole / "dpo.pt")
 
 
+def test_data_that_bear_the_name_of_a_log_are_not_written_over(whole, tmp_path, monkeypatch):
+    record = json.dumps({"prompt": "Who?", "chosen": " A cat.", "rejected": " A dog."})
+    for module, name in ((train_sft, "sft"), (train_sft, "pretrained"), (train_dpo, "dpo")):
+        path = tmp_path / name / f"{name}.jsonl"
+        path.parent.mkdir()
+        path.write_text(record)
+        flags = [f"--out={path.parent}", *(DPO if name == "dpo" else SFT)]
+        message = refusal(run_main, monkeypatch, module, *flags)
+        assert f"{path} is no log, and one would be written over it" in message
+        assert path.read_text() == record
+
+
 def test_a_reference_that_has_changed_is_not_resumed(whole, tmp_path, monkeypatch):
     reference, state = gpt.load(whole / "sft.pt")
     gpt.save(tmp_path / "sft.pt", reference, tokenizer=state["tokenizer"])

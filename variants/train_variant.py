@@ -22,6 +22,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))  # run from anywhere
 import train_dpo
 from lab import flags, runs
 from lab.flags import flag
+from lab.metrics import weight_sums
 from lab.pairs import OwnData, Village
 from variants import kto, losses
 
@@ -126,7 +127,7 @@ def main():
     if config.loss != "orpo":
         check_start(policy, dataset, config)
     optimizer = train_dpo.make_optimizer(policy, config)
-    run.attach(policy, tokenizer, optimizer, data=texts, reference=runs.weight_sums(reference))
+    run.attach(policy, tokenizer, optimizer, data=texts, reference=weight_sums(reference))
     runs.resume(run)
 
     def measure():
