@@ -5,34 +5,74 @@ An example is a prompt and its response as tokens:
     mask  True on the tokens that the loss scores: the response's, end-of-text among them
 """
 
+import itertools
 import math
 import random
 import re
 import sys
+from collections import Counter, defaultdict
 from collections.abc import Iterator
 
 import tiktoken
 import torch
-from tiktoken._educational import bpe_train
+from tqdm import tqdm
 
 END = "<|endoftext|>"
 PATTERN = r" ?\w+| ?[^\w\s]+|\s+(?!\S)|\s+"  # a word includes the space before it
 
 
 def train_tokenizer(text: str, vocab_size: int) -> tiktoken.Encoding:
-    """Byte-pair encoding (Sennrich et al. 2016), learnt from the text's distinct words.
+    """Byte-pair encoding (Sennrich et al. 2016, arXiv:1508.07909, Algorithm 1).
 
-    Raises ValueError where the text has too few words for that many merges.
+    Starting from bytes, the two neighbours in a word that occur most often become one token, again
+    and again. Among equals it is those met first in the sorted words. Raises ValueError where the
+    text has too few words for vocab_size tokens.
     """
-    words = sorted(set(re.findall(PATTERN, text)))
     if vocab_size < 256:
         raise ValueError("at least 256 tokens are needed, one for each byte")
-    try:
-        ranks = bpe_train("\n".join(words), vocab_size, PATTERN, visualise=None)
-    except ValueError:  # each word of several letters gives at least one merge
-        enough = 256 + sum(len(word.encode()) > 1 for word in words)
-        raise ValueError(f"the text has too few words for {vocab_size} tokens: {enough} would do")
-    return build_tokenizer([token.decode("latin-1") for token in ranks])
+    counts = Counter(re.findall(PATTERN, text))  # how often each word occurs
+    words = sorted(counts)
+    parts = [[bytes([byte]) for byte in word.encode()] for word in words]  # of each word, so far
+    totals, where = Counter(), defaultdict(set)  # of each pair: how often it occurs, in which words
+
+    def note(i, sign):
+        for pair in itertools.pairwise(parts[i]):
+            totals[pair] += sign * counts[words[i]]
+            (where[pair].add if sign > 0 else where[pair].discard)(i)
+
+    def first_met(pair):
+        i = min(where[pair])
+        return i, [*itertools.pairwise(parts[i])].index(pair)
+
+    for i in range(len(words)):
+        note(i, 1)
+    tokens = dict.fromkeys(bytes([byte]) for byte in range(256))  # in the order of their ranks
+    with tqdm(total=vocab_size, initial=256, desc="tokens", leave=False, disable=None) as bar:
+        while len(tokens) < vocab_size:
+            most = max(totals.values(), default=0)
+            if not most:  # each word of several letters gives at least one merge
+                enough = 256 + sum(len(word.encode()) > 1 for word in words)
+                few = f"the text has too few words for {vocab_size} tokens: {enough} would do"
+                raise ValueError(few)
+            pair = min((p for p, total in totals.items() if total == most), key=first_met)
+            for i in [*where[pair]]:
+                note(i, -1)
+                parts[i] = join_pair(parts[i], pair)
+                note(i, 1)
+            tokens[pair[0] + pair[1]] = None  # it may be a token already, from other halves
+            bar.update(len(tokens) - bar.n)
+    return build_tokenizer([token.decode("latin-1") for token in tokens])
+
+
+def join_pair(parts: list[bytes], pair: tuple[bytes, bytes]) -> list[bytes]:
+    """The parts of a word with each occurrence of a pair made one, from left to right."""
+    joined = []
+    for part in parts:
+        if joined and (joined[-1], part) == pair:
+            joined[-1] += part
+        else:
+            joined.append(part)
+    return joined
 
 
 def build_tokenizer(tokens: list[str], pattern: str = PATTERN) -> tiktoken.Encoding:

@@ -9,6 +9,7 @@ or −3 for a text that is not of this form. `python lab/village.py` shows it al
 
 import itertools
 import random
+import re
 from functools import cache
 
 NAMES = """Ada Bela Cora Dina Emil Fritz Greta Hugo Ines Jonas Klara Lena
@@ -154,8 +155,10 @@ def stories(count: int, seed: int) -> list[str]:
 
 
 def every_word() -> str:
-    """A text with all words of the village in it, for its tokenizer."""
-    return "\n".join([*QUESTIONS, *stories(1000, seed=0), " ".join(OPENINGS), " ".join(CLOSINGS)])
+    """Each word of the village once, so that its tokenizer learns rare ones, too; the line break
+    is one of them."""
+    texts = [*QUESTIONS, *stories(1000, seed=0), " ".join(OPENINGS), " ".join(CLOSINGS)]
+    return "\n".join(sorted({*re.findall(r" ?\w+| ?[^\w\s]+|\n", "\n".join(texts))}))
 
 
 def demonstrations(prompts: list[str], count: int, seed: int) -> list[tuple[str, str]]:

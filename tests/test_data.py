@@ -1,6 +1,9 @@
 """data.py: the tokenizer, ids and mask, batches, the learning rate."""
 
 import itertools
+import random
+import re
+from collections import Counter
 
 import pytest
 
@@ -23,6 +26,51 @@ def test_every_word_of_the_village_is_one_token(tokenizer):
     for response in village.responses(prompt):
         words = response.replace(",", " ,").replace(".", " .").replace("!", " !").replace("?", " ?")
         assert len(tokenizer.encode_ordinary(response)) == len(words.split())
+
+
+def slow_merges(text, count):
+    """Sennrich et al. 2016, Algorithm 1: all pairs are counted anew for each merge."""
+    counts = Counter(re.findall(data.PATTERN, text))
+    parts = {word: [bytes([byte]) for byte in word.encode()] for word in sorted(counts)}
+    merges = []
+    for _ in range(count):
+        totals = {}
+        for word, part in parts.items():
+            for pair in zip(part, part[1:]):
+                totals[pair] = totals.get(pair, 0) + counts[word]
+        first, second = max(totals, key=totals.get)  # the first in it among equals
+        merges.append(first + second)
+        for part in parts.values():
+            i = 0
+            while i < len(part) - 1:
+                if part[i] == first and part[i + 1] == second:
+                    part[i : i + 2] = [first + second]
+                i += 1
+    return merges
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_the_tokenizer_learns_what_a_slow_loop_learns(seed):
+    rng = random.Random(seed)
+    text = "".join(rng.choices("aaaabbcé  \n.", k=600))
+    merges = [*dict.fromkeys(slow_merges(text, 60))]
+    learnt = data.tokenizer_state(data.train_tokenizer(text, 256 + len(merges)))["tokens"]
+    assert [token.encode("latin-1") for token in learnt[256:]] == merges
+
+
+def test_a_frequent_word_comes_before_a_rare_one():
+    """ "ab" occurs nine times, in one word, "cd" twice, in two."""
+    tokens = data.tokenizer_state(data.train_tokenizer("cde cdf" + " ab" * 9, 258))["tokens"]
+    assert tokens[256:] == [" a", " ab"]
+
+
+def test_the_villages_tokens_are_those_of_tiktokens_own_trainer(tokenizer):
+    """It knows no counts, and is handed each word once."""
+    from tiktoken._educational import bpe_train
+
+    ranks = bpe_train(village.every_word(), village.VOCAB_SIZE, data.PATTERN, visualise=None)
+    learnt = data.tokenizer_state(tokenizer)["tokens"]
+    assert [token.encode("latin-1") for token in learnt] == [*ranks]
 
 
 def test_ids_and_mask_by_hand(tokenizer):
