@@ -2,6 +2,7 @@
 
     python train_sft.py                                  the village, a minute on two cores
     python train_sft.py --corpus my.txt --sft my.jsonl   your text and demonstrations
+    python train_sft.py --init out/gpt2.pt --sft my.jsonl   a model that is pretrained already
     python train_sft.py --resume                         go on where a run was interrupted
 
 Writes out/pretrained.pt and out/sft.pt; beside each a .jsonl with the metrics of its steps and a
@@ -18,12 +19,14 @@ import data
 import model as gpt
 from lab import evaluate, flags, runs, village
 from lab.flags import flag
+from lab.metrics import weight_sums
 from lab.own import OwnFile, own_corpus
 from responses import response_logps, response_logps_no_grad
 
 
 @dataclass
 class Config(flags.Config):
+    init: str = flag("", "pretrained model to start from, in place of --corpus; goes with --sft")
     corpus: str = flag("", "your own text to pretrain on; goes with --sft")
     sft: str = flag(
         "", "your own demonstrations to fine-tune on: prompts and completions, or messages"
@@ -48,8 +51,11 @@ class Config(flags.Config):
     max_epochs: int = flag(
         20, "passes of each training over your own data, where no steps are given"
     )
-    lr: float = flag(3e-3, "highest learning rate of fine-tuning")
+    lr: float = flag(
+        3e-3, "highest rate of fine-tuning; with --init it falls with the model's width", own=0
+    )
     batch_size: int = flag(64, "examples in each step of fine-tuning")
+    grad_accum: int = flag(1, "parts of a batch, each with its backward pass: takes less memory")
 
 
 def cross_entropy(logps, examples):
@@ -57,16 +63,20 @@ def cross_entropy(logps, examples):
     return -logps.sum() / sum(sum(mask) for _, mask in examples)
 
 
-def train_supervised(model, optimizer, examples, batches, rates, start=0):
+def train_supervised(model, optimizer, examples, batches, rates, start=0, grad_accum=1):
     """Next-token prediction; yields the metrics of each step after the first `start`.
 
     batches: for each step the indices of its examples. rates: for each step its learning rate.
+    grad_accum: into how many parts a batch is cut, each with a backward pass of its own.
     """
     for lr, rows in itertools.islice(zip(rates, batches), start, None):
         optimizer.param_groups[0]["lr"] = lr
         batch = [examples[i] for i in rows]
-        loss = cross_entropy(response_logps(model, batch), batch)
-        loss.backward()
+        scored, loss = sum(sum(mask) for _, mask in batch), 0
+        for k in range(min(grad_accum, len(batch))):
+            part_loss = -response_logps(model, batch[k::grad_accum]).sum() / scored
+            part_loss.backward()
+            loss += part_loss.detach()
         grad_norm = runs.finite_grad_norm(model, loss)
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
@@ -99,7 +109,9 @@ def fit(run, examples, held_out, batch_size, steps, lr):
     steps = steps or run.config.max_epochs * math.ceil(len(examples) / batch_size)
     batches = data.batches(len(examples), batch_size, run.config.seed)
     rates = data.learning_rates(lr, steps)
-    training = train_supervised(run.model, run.optimizer, examples, batches, rates, run.step)
+    training = train_supervised(
+        run.model, run.optimizer, examples, batches, rates, run.step, run.config.grad_accum
+    )
 
     def measure():
         loss = cross_entropy(response_logps_no_grad(run.model, held_out), held_out)
@@ -115,22 +127,21 @@ def fit(run, examples, held_out, batch_size, steps, lr):
     return found
 
 
-def check_sizes(config):
+def check_flags(config):
     """Refuse in one line what would fail later in many."""
-    if bool(config.corpus) != bool(config.sft):
-        raise SystemExit("train_sft.py: --corpus and --sft go together: give both, or neither")
+    if bool(config.corpus or config.init) != bool(config.sft) or (config.corpus and config.init):
+        together = "--sft goes with --corpus, to pretrain on, or with --init, a pretrained model"
+        raise SystemExit(f"train_sft.py: {together}: give two of these, or none")
     if config.n_embd % config.n_head:
         raise SystemExit(f"--n-embd {config.n_embd} is no multiple of --n-head {config.n_head}")
     if config.context > config.block_size:
         raise SystemExit(f"--context {config.context} exceeds --block-size {config.block_size}")
 
 
-def read_texts(config):
-    """-> ((corpus, corpus held out), the tokenizer, (demonstrations, demonstrations held out), what
-    the model will have learnt from these, and what there is to report of them)."""
+def read_corpus(config):
+    """-> ((corpus, corpus held out), the village's demonstrations, and the tokenizer)."""
     if config.sft:
-        corpus = own_corpus(config.corpus)
-        own = OwnFile(config.sft, "sft", config, config.held_out)
+        corpus, demos = own_corpus(config.corpus), None
         print("learning the tokenizer")
         (text,) = corpus[0]
     else:
@@ -139,52 +150,58 @@ def read_texts(config):
         corpus, demos = village.training_texts(tokens, count, config.seed)
         text = village.every_word()
     try:
-        tokenizer = data.train_tokenizer(text, config.vocab_size)
+        return corpus, demos, data.train_tokenizer(text, config.vocab_size)
     except ValueError as error:
         raise SystemExit(f"--vocab-size {config.vocab_size}: {error}")
-    if not config.sft:
-        learnt = {"conversations": False, "answer_tokens": evaluate.Config.max_new_tokens}
-        return corpus, tokenizer, demos, learnt, {}
-    demos = own.split(tokenizer, config.block_size)
-    return corpus, tokenizer, demos, own.learnt, {"file": own.report}
 
 
 def main():
     config = flags.read_config(Config, "train_sft.py")
-    check_sizes(config)
+    check_flags(config)
     device = runs.prepare(config)
-    corpus, tokenizer, demos, learnt, report = read_texts(config)
+    own = OwnFile(config.sft, "sft", config, config.held_out) if config.sft else None
+    if config.init:
+        corpus, (model, tokenizer) = (), runs.load_checkpoint(config.init, device, config.dtype)
+    else:
+        corpus, demos, tokenizer = read_corpus(config)
+        shape = config.block_size, config.n_layer, config.n_head, config.n_embd
+        model = gpt.GPT(gpt.GPTConfig(tokenizer.n_vocab, *shape)).to(device)
+    if own:
+        demos = own.split(tokenizer, model.config.block_size)
     examples, held_out = ([data.encode(tokenizer, *demo) for demo in part] for part in demos)
     longest = max(len(ids) for ids, _ in examples + held_out)
-    if longest > config.block_size:
+    if longest > model.config.block_size:
         raise SystemExit(f"--block-size {config.block_size} is too small: {longest} are needed")
-    shape = config.block_size, config.n_layer, config.n_head, config.n_embd
-    model = gpt.GPT(gpt.GPTConfig(tokenizer.n_vocab, *shape)).to(device)
+    # 3e-3 is good at a width of 128, and about 1e-4 is what GPT-2 takes at 768.
+    config.lr = config.lr or Config.lr * (128 / model.config.n_embd if config.init else 1) ** 2
     model.autocast_bfloat16 = config.dtype == "bfloat16"
     size = sum(p.numel() for p in model.parameters())
-    print(f"model: {size:,} parameters; tokenizer: {tokenizer.n_vocab} tokens")
+    print(f"model: {size:,} parameters; tokenizer: {tokenizer.n_vocab} tokens; --lr {config.lr:g}")
     print("one example, scored tokens marked:", data.paint(tokenizer, *examples[0]))
 
     pretraining, fine_tuning = runs.Run("pretrained", config), runs.Run("sft", config)
-    pretraining.attach(model, tokenizer, make_optimizer(model, 0.1), data=(corpus, demos))
+    start = {"data": (corpus, demos), "start": weight_sums(model)}
+    pretraining.attach(model, tokenizer, make_optimizer(model, 0.1), **start)
     # Weight decay would keep the model from being certain of anything, and it would write more
     # garbled answers. Nothing harms DPO as much (README, "What holds DPO back").
-    fine_tuning.attach(model, tokenizer, make_optimizer(model, 0), data=(corpus, demos))
-    start_with = runs.resume(pretraining, fine_tuning)  # pretraining, if nothing is resumed
-    if start_with is pretraining:
+    fine_tuning.attach(model, tokenizer, make_optimizer(model, 0), **start)
+    trainings = [fine_tuning] if config.init else [pretraining, fine_tuning]
+    if runs.resume(*trainings) is pretraining:  # so it is if nothing is resumed
         rows, held_rows = (cut_rows(tokenizer, texts, config.context) for texts in corpus)
         batch_size = config.batch_size // 2 or 1
         steps, lr = config.pretrain_steps, config.pretrain_lr
         pretraining.finish(fit(pretraining, rows, held_rows, batch_size, steps, lr))
-    model.learnt = learnt
+    model.learnt = {"conversations": False, "answer_tokens": evaluate.Config.max_new_tokens}
+    if own:
+        model.learnt = own.learnt
     found = fit(fine_tuning, examples, held_out, config.batch_size, config.steps, config.lr)
-    fine_tuning.finish(found | report)
-    if not config.sft:
+    fine_tuning.finish(found | ({"file": own.report} if own else {}))
+    if not own:
         _, kept_back, never = village.split_questions()
         for name, part in (("held-out questions", kept_back), ("facts never asked", never)):
             share = evaluate.share_true(model, tokenizer, part)
             print(f"{name}: the likeliest answer is true for {share:.0%}")
-    print(f"next: python train_dpo.py --out {config.out}" + " --pairs FILE" * bool(config.sft))
+    print(f"next: python train_dpo.py --out {config.out}" + " --pairs FILE" * bool(own))
 
 
 if __name__ == "__main__":

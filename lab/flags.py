@@ -26,6 +26,12 @@ class Config:
     dtype: str = flag("float32", "bfloat16 autocasts the forward pass", ("float32", "bfloat16"))
 
 
+# What only a model needs that train_sft.py makes itself.
+PRETRAINING = set(
+    "vocab_size block_size n_layer n_head n_embd pretrain_steps pretrain_lr context".split()
+)
+
+
 def read_config(cls, script):
     """The dataclass's fields as flags of the same names; a mistake ends the run in one line."""
     names = {f.name: "--" + f.name.strip("_").replace("_", "-") for f in fields(cls)}
@@ -56,6 +62,9 @@ def read_config(cls, script):
     for name in ("held_out", "skip_bad", "max_bad"):
         if said.get(name) and not is_own:
             refuse(f"{names[name]} is for files of your own")
+    if said.get("init"):
+        for name in PRETRAINING & {*said}:
+            refuse(f"{names[name]} is for a model that is not there yet: --init brings its own")
     own = {f.name: f.metadata["own"] for f in fields(cls) if f.metadata["own"] is not None}
     config = cls(**(own if is_own else {}) | said)
     for f in [f for f in fields(cls) if f.name in said]:
@@ -81,6 +90,7 @@ def used(config):
     is_own = settings.get("pairs") or settings.get("sft")
     idle = village if is_own else own | {"pairs", "sft", "corpus", "max_epochs"}
     idle |= {"momentum"} if settings.get("optimizer") == "adamw" else set()
+    idle |= PRETRAINING | {"corpus"} if settings.get("init") else set()
     by_data = "pretrain_steps", "steps", "lr", "epochs", "max_new_tokens"  # 0 until data are seen
     idle |= {name for name in by_data if not settings.get(name)}
     return {name: value for name, value in settings.items() if name not in idle}

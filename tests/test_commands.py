@@ -180,9 +180,18 @@ def test_a_mistake_ends_the_run_in_one_line(monkeypatch, tmp_path, flags, messag
     assert message in refusal(run_main, monkeypatch, train_dpo, *flags)
 
 
-def test_own_text_without_own_answers_is_refused(monkeypatch, tmp_path):
-    flags = ["--corpus=my.txt", f"--out={tmp_path}"]
-    assert "go together" in refusal(run_main, monkeypatch, train_sft, *flags)
+@pytest.mark.parametrize(
+    "flags, message",
+    [
+        (["--corpus=my.txt"], "give two of these, or none"),
+        (["--sft=my.jsonl"], "give two of these, or none"),
+        (["--init=a.pt"], "give two of these, or none"),
+        (["--init=a.pt", "--corpus=my.txt", "--sft=my.jsonl"], "give two of these, or none"),
+        (["--init=a.pt", "--sft=my.jsonl", "--n-layer=3"], "--n-layer is for a model that is not"),
+    ],
+)
+def test_own_data_that_do_not_go_together_are_refused(monkeypatch, tmp_path, flags, message):
+    assert message in refusal(run_main, monkeypatch, train_sft, *flags, f"--out={tmp_path}")
 
 
 def test_a_bad_pairs_file_stops_before_any_work(finished, monkeypatch, tmp_path):

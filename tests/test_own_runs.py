@@ -16,6 +16,7 @@ import train_dpo
 import train_sft
 from lab import flags, pairs, village
 from lab.metrics import Best, means
+from lab.own import hold_out
 from tools import label
 
 
@@ -101,6 +102,31 @@ def test_fine_tuning_counts_epochs_stops_and_keeps_its_best(own, monkeypatch, ca
     assert report["kept"]["step"] == kept == len(lines) - 2 * epoch
     assert report["held-out/loss"] == pytest.approx(losses[kept], rel=1e-5)
     assert not {"steps", "pretrain_steps", "momentum"} & {*report["config"]}
+
+
+def test_fine_tuning_starts_from_a_model_that_is_there(own, toy_sft, monkeypatch, capsys, tmp_path):
+    """Its first held-out loss is that model's, in transformers' terms −log p a scored token."""
+    model, state = gpt.load(toy_sft / "pretrained.pt")
+    tokenizer = data.build_tokenizer(**state["tokenizer"])
+    demos = [json.loads(line) for line in (own / "sft.jsonl").read_text().splitlines()]
+    _, held_out = hold_out([(d["prompt"], d["completion"]) for d in demos], "sft")
+    losses = []
+    for prompt, response in held_out:
+        ids, mask = data.encode(tokenizer, prompt, response)
+        logps = model(torch.tensor([ids])).log_softmax(-1)[0, :-1]
+        losses += [-logps[t - 1, ids[t]].item() for t in range(len(ids)) if mask[t]]
+    files = [f"--init={toy_sft}/pretrained.pt", f"--sft={own}/sft.jsonl"]
+    small = ["--max-epochs=2", "--batch-size=8", "--grad-accum=2"]
+    run_main(monkeypatch, train_sft, f"--out={tmp_path}", *files, *small)
+    report = json.loads((tmp_path / "sft.json").read_text())
+    expected = sum(losses) / len(losses)
+    assert report["start"]["held-out/loss"] == pytest.approx(expected, rel=1e-4)
+    assert report["held-out/loss"] < expected
+    assert not list(tmp_path.glob("pretrained*"))
+    assert report["config"]["lr"] == 3e-3 * (128 / model.config.n_embd) ** 2
+    assert not {"vocab_size", "n_layer", "pretrain_lr", "corpus"} & {*report["config"]}
+    ours, theirs = gpt.load(tmp_path / "sft.pt")[1], state
+    assert ours["tokenizer"] == theirs["tokenizer"] and ours["config"] == theirs["config"]
 
 
 @pytest.fixture(scope="module")

@@ -116,10 +116,10 @@ def main():
     run = runs.Run(config.loss, config)
     policy, tokenizer = runs.load_policy(config)
     reference = copy.deepcopy(policy).requires_grad_(False)
-    if config.loss == "orpo":  # merges fine-tuning with preference: the SFT model only measures KL
-        sft = Path(config.init or f"{config.out}/sft.pt")
-        pretrained, device = sft.with_name("pretrained.pt"), policy.wte.weight.device
-        policy, _ = runs.load_checkpoint(pretrained, device, config.dtype)
+    if config.loss == "orpo" and not config.init:
+        # It merges fine-tuning with preference: the SFT model only measures KL.
+        device = policy.wte.weight.device
+        policy, _ = runs.load_checkpoint(f"{config.out}/pretrained.pt", device, config.dtype)
     source = (OwnData if config.pairs else Village)(policy, reference, tokenizer, config)
     texts, held_out_texts = source.pairs()
     dataset = add_reference_logps(reference, tokenizer, texts)
