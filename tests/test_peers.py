@@ -13,7 +13,7 @@ import data
 import model as gpt
 import train_dpo
 from lab import village
-from tools import gpt2
+from tools import gpt2_export
 from variants import train_variant
 
 # TRL still asks transformers for this by its old name.
@@ -54,7 +54,7 @@ def sft(tokenizer, tmp_path_factory):
     model = gpt.GPT(gpt.GPTConfig(tokenizer.n_vocab, 64, n_layer=2, n_head=2, n_embd=32)).eval()
     path = tmp_path_factory.mktemp("sft")
     gpt.save(path / "sft.pt", model, tokenizer=data.tokenizer_state(tokenizer))
-    gpt2.export_folder(path / "sft.pt", path / "folder")
+    gpt2_export.export_folder(path / "sft.pt", path / "folder")
     return model, tokenizer, path / "folder"
 
 
@@ -144,7 +144,7 @@ def test_trl_takes_the_same_steps(trl, sft, pairs, tmp_path, name):
             assert abs(mine["rewards/accuracies"] - their["rewards/accuracies"]) <= one
     before, after = sft[0].state_dict(), policy.state_dict()
     their_weights = trainer.model.transformer.state_dict()
-    for name, (their_name, transposed) in gpt2.weight_names(2).items():
+    for name, (their_name, transposed) in gpt2_export.weight_names(2).items():
         weight = their_weights[their_name].T if transposed else their_weights[their_name]
         torch.testing.assert_close(after[name], weight, rtol=1e-4, atol=1e-6)
         assert not torch.equal(after[name], before[name])
