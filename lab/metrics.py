@@ -48,6 +48,10 @@ class Best:
         if measured["held-out/loss"] < self.loss:
             self.step, self.loss, self.worse_since = step, measured["held-out/loss"], 0
             self.weights = {name: weights.clone() for name, weights in model.state_dict().items()}
+        if not self.step and self.worse_since == 3:
+            tqdm.write(
+                "three measurements, and no held-out loss is below that before the first step"
+            )
 
     def take(self, model, name, steps):
         """Give the model its best weights at the end of a run, and say which they are."""
@@ -62,9 +66,12 @@ class Best:
         print(f"{name} keeps {said}")
 
     def report(self, steps, found):
-        """What the report says of it. Shows what was found of the kept weights."""
+        """What the report says of it. Shows what was found of the kept weights, but no accuracy of
+        those from before the first step: they are the reference's, and every margin is 0."""
         if not self.weights:
             return {}
+        for name in [name for name in found if not self.step and "accuracy" in name]:
+            del found[name]
         names = [name for name in found if f"{name}_se" in found]
         texts = [f"{name} {found[name]:.3f} ± {found[f'{name}_se']:.3f}" for name in names]
         if texts:

@@ -145,7 +145,8 @@ class OwnFile:
         glued = [p[-12:] + t[:12] for p, t in texts if not p[-1].isspace() and not t[0].isspace()]
         if 2 * len(glued) > len(texts):
             joined = f"and are joined as they are: {glued[0]!r}"
-            print(f"{self.path}: most responses begin without a space, {joined}")
+            cure = "if a space is meant there, write it into the file"
+            print(f"{self.path}: most responses begin without a space, {joined}; {cure}")
         if 2 * sum(text.startswith(prompt) for prompt, text in texts) > len(texts):
             print(f"{self.path}: most responses repeat their prompts, which is learnt, too")
         known = {tuple(x.strip() if isinstance(x, str) else x for x in row) for row in rows}

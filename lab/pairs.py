@@ -92,7 +92,7 @@ class OwnData:
         prompts = list(dict.fromkeys(prompt for prompt, *_ in self.texts[1]))
         longest = block_size - config.max_new_tokens
         short = [prompt for prompt in prompts if len(tokenizer.encode_ordinary(prompt)) <= longest]
-        print(f"{len(short)} of {len(prompts)} held-out prompts leave room for so many new tokens")
+        print(f"{len(short)} of {len(prompts)} distinct held-out prompts leave room for so much")
         if not short:
             raise SystemExit("no held-out prompt has room for a response: lower --max-new-tokens")
         self.prompts = short[:480]  # as many samples as the village's probe() draws
@@ -105,10 +105,12 @@ class OwnData:
         """Choose the settings that were not given by what is in the file, and say so."""
         config, count, tokens = self.config, len(self.texts[0]), file.mean_tokens
         config.lr = config.lr or own_rate(config, tokens)
-        config.epochs = config.epochs or max(1, round(OWN_STEPS * config.batch_size / count))
+        config.epochs = config.epochs or own_epochs(config, count)
         config.max_new_tokens = config.max_new_tokens or file.answer_tokens
         chosen = f"--lr {config.lr:g}, --epochs {config.epochs}"
         chosen += f", --max-new-tokens {config.max_new_tokens}"
+        if (held_out := len(self.texts[1])) < 30:
+            print(f"only {held_out} rows are held out: too few for their figures to show anything")
         print(f"{count} rows, responses of {tokens:.0f} tokens on average: {chosen}")
 
     def pairs(self):
@@ -145,6 +147,11 @@ def own_rate(config, mean_tokens):
     if config.optimizer != "adamw":
         raise SystemExit("--optimizer sgd has no default for your own data: give --lr, too")
     return float(f"{RATE_BY_TOKENS / mean_tokens:.2g}")
+
+
+def own_epochs(config, count):
+    """As many passes as make 200 steps, but 20 at most, since a handful of rows is soon learnt."""
+    return min(20, max(1, round(OWN_STEPS * config.batch_size / count)))
 
 
 def sample_pairs(reference, tokenizer, config, questions):

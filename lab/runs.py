@@ -155,9 +155,9 @@ class Run:
                         break
             except FloatingPointError as error:
                 raise FloatingPointError(f"after step {self.step}: {error}")
+        print(f"mean of the last {len(self.recent)} steps:", average(self.recent, SHOWN))
         self.best.take(self.model, self.name, self.step)
         self.save(f"{self.path}.pt")
-        print(f"mean of the last {len(self.recent)} steps:", average(self.recent, SHOWN))
         self.lap("training")
 
     def measure_start(self, measure):

@@ -139,6 +139,7 @@ def test_a_killed_run_on_own_pairs_still_has_its_best_weights(whole, tmp_path, m
     kill("in a step", 4, "train_dpo", flags)
     run_main(monkeypatch, train_dpo, *flags, "--resume")
     report = json.loads((tmp_path / "dpo.json").read_text())
+    assert "held-out/accuracy" not in report
     assert report["kept"]["step"] == 0 and report["start"]["held-out/loss"] < 0.7
     assert same_weights(tmp_path / "dpo.pt", whole / "sft.pt")
     assert not same_weights(tmp_path / "dpo.pt", whole / "dpo.pt")

@@ -67,6 +67,9 @@ def test_where_no_step_beats_the_start_the_start_is_kept_and_where_nothing_is_he
     best.take(model, "dpo", 3)
     assert model.weight.item() == 5
     assert "no step brought the held-out loss down" in capsys.readouterr().out
+    found = {"held-out/loss": 1.0, "held-out/accuracy": 0.0}
+    best.report(3, found)
+    assert found == {"held-out/loss": 1.0}
     best = Best()
     best.note(model, 3, {"fresh/kl": 1.0})
     best.take(model, "dpo", 3)
@@ -156,7 +159,7 @@ def test_the_report_of_own_pairs_says_what_was_used_and_how_sure_it_is(own, fini
     assert "held-out/accuracy" not in report["start"]
     config = report["config"]
     assert config["optimizer"] == "adamw" and config["batch_size"] == 16
-    assert config["epochs"] * report["file"]["trained"] / 16 == pytest.approx(200, abs=1)
+    assert config["epochs"] == 20
     assert not {"num_pairs", "eval_questions", "momentum"} & {*config}
     losses = {0: report["start"]["held-out/loss"]}
     losses |= {line["step"]: line["held-out/loss"] for line in lines if "held-out/loss" in line}
@@ -176,6 +179,11 @@ def test_the_rate_for_own_pairs_falls_with_the_length_of_the_responses(finished,
     assert config["max_new_tokens"] == max(lengths)
     message = refusal(pairs.own_rate, train_dpo.Config(optimizer="sgd"), 10)
     assert message == "--optimizer sgd has no default for your own data: give --lr, too"
+
+
+@pytest.mark.parametrize("count, epochs", [(1, 20), (160, 20), (234, 14), (992, 3), (99_000, 1)])
+def test_few_pairs_or_many_make_about_200_steps(count, epochs):
+    assert pairs.own_epochs(train_dpo.Config(batch_size=16), count) == epochs
 
 
 def test_how_often_the_longer_response_wins_by_hand():
@@ -246,12 +254,18 @@ def labelled(tokenizer, monkeypatch, tmp_path, capsys):
 def test_choices_are_written_at_once_and_taken_up_again(labelled):
     done, rest, printed = labelled("x\n2\nq\n")
     assert done == [{"prompt": "Who?", "chosen": " B", "rejected": " A"}] and not rest
-    assert "1 pairs; written" in printed
+    assert "1 pairs, 0 from before; pairs are written to" in printed
     done, rest, printed = labelled("1\n")  # "How?" has no two different samples
     assert done[1:] == [{"prompt": "What?", "chosen": " C", "rejected": " D"}]
     assert rest == [{"prompt": "How?", "choice": "skipped"}]
-    assert "1 pairs; 1 skipped; written" in printed
-    assert "written" in labelled("")[2]  # nothing is left to ask
+    assert "1 pairs, 1 skipped, 1 from before; pairs are written to" in printed
+    assert "nothing new, 3 from before" in labelled("")[2]  # nothing is left to ask
+
+
+def test_the_end_of_the_input_is_the_end_of_the_choices(labelled):
+    assert "nothing new" in labelled("")[2]
+    done, _, _ = labelled("Who?\n1\n", prompts="-")
+    assert len(done) == 1
 
 
 def test_ties_and_skips_make_no_pair(labelled):

@@ -71,27 +71,33 @@ def main():
     model, tokenizer = runs.load_checkpoint(options.checkpoint)
     paths = {"pairs": Path(options.pairs), "rest": Path(f"{options.pairs}.rest")}
     lines = [
-        line for path in paths.values() if path.exists() for line in path.read_text().splitlines()
+        line for p in paths.values() if p.exists() for line in p.read_text("utf-8").splitlines()
     ]
     done, counts = Counter(json.loads(line)["prompt"] for line in lines), Counter()
     questions = iter(lambda: input("\nprompt> "), "")
     if options.prompts != "-":
         questions = Path(options.prompts).read_text("utf-8-sig").splitlines()
     generator = torch.Generator().manual_seed(options.seed + len(lines))
-    for question in filter(str.strip, questions):
-        if options.prompts != "-" and done[question]:
-            done[question] -= 1  # chosen in an earlier run
-            continue
-        responses = two_samples(model, tokenizer, question, generator)
-        key = choose(options.judge, question, responses) if len(responses) == 2 else "s"
-        if key == "q":
-            break
-        counts[CHOICES[key]] += 1
-        record = record_of(model, question, responses, key)
-        path = paths["pairs" if "chosen" in record else "rest"]
-        with open(path, "a", encoding="utf-8") as file:
-            file.write(json.dumps(record, ensure_ascii=False) + "\n")
-    print(*(f"{count} {what};" for what, count in counts.items()), f"written to {paths['pairs']}")
+    try:
+        for question in filter(str.strip, questions):
+            if options.prompts != "-" and done[question]:
+                done[question] -= 1  # chosen in an earlier run
+                continue
+            responses = two_samples(model, tokenizer, question, generator)
+            key = choose(options.judge, question, responses) if len(responses) == 2 else "s"
+            if key == "q":
+                break
+            counts[CHOICES[key]] += 1
+            record = record_of(model, question, responses, key)
+            with paths["pairs" if "chosen" in record else "rest"].open(
+                "a", encoding="utf-8"
+            ) as file:
+                file.write(json.dumps(record, ensure_ascii=False) + "\n")
+    except EOFError:  # the input has ended, as with Ctrl-D
+        print()
+    new = ", ".join(f"{count} {what}" for what, count in counts.items()) or "nothing new"
+    where = f"pairs are written to {paths['pairs']}, all else to .rest"
+    print(f"{new}, {len(lines)} from before; {where}")
 
 
 if __name__ == "__main__":
