@@ -254,11 +254,11 @@ def labelled(tokenizer, monkeypatch, tmp_path, capsys):
 def test_choices_are_written_at_once_and_taken_up_again(labelled):
     done, rest, printed = labelled("x\n2\nq\n")
     assert done == [{"prompt": "Who?", "chosen": " B", "rejected": " A"}] and not rest
-    assert "1 pairs, 0 from before; pairs are written to" in printed
+    assert "1 pairs, 0 from before; pairs are in" in printed
     done, rest, printed = labelled("1\n")  # "How?" has no two different samples
     assert done[1:] == [{"prompt": "What?", "chosen": " C", "rejected": " D"}]
     assert rest == [{"prompt": "How?", "choice": "skipped"}]
-    assert "1 pairs, 1 skipped, 1 from before; pairs are written to" in printed
+    assert "1 pairs, 1 skipped, 1 from before; pairs are in" in printed
     assert "nothing new, 3 from before" in labelled("")[2]  # nothing is left to ask
 
 

@@ -70,9 +70,8 @@ def main():
     options = parser.parse_args()
     model, tokenizer = runs.load_checkpoint(options.checkpoint)
     paths = {"pairs": Path(options.pairs), "rest": Path(f"{options.pairs}.rest")}
-    lines = [
-        line for p in paths.values() if p.exists() for line in p.read_text("utf-8").splitlines()
-    ]
+    texts = [path.read_text("utf-8") for path in paths.values() if path.exists()]
+    lines = "".join(texts).splitlines()
     done, counts = Counter(json.loads(line)["prompt"] for line in lines), Counter()
     questions = iter(lambda: input("\nprompt> "), "")
     if options.prompts != "-":
@@ -89,15 +88,12 @@ def main():
                 break
             counts[CHOICES[key]] += 1
             record = record_of(model, question, responses, key)
-            with paths["pairs" if "chosen" in record else "rest"].open(
-                "a", encoding="utf-8"
-            ) as file:
+            with paths["pairs" if key in "12" else "rest"].open("a", encoding="utf-8") as file:
                 file.write(json.dumps(record, ensure_ascii=False) + "\n")
-    except EOFError:  # the input has ended, as with Ctrl-D
-        print()
+    except EOFError:
+        print()  # the input has ended, as with Ctrl-D
     new = ", ".join(f"{count} {what}" for what, count in counts.items()) or "nothing new"
-    where = f"pairs are written to {paths['pairs']}, all else to .rest"
-    print(f"{new}, {len(lines)} from before; {where}")
+    print(f"{new}, {len(lines)} from before; pairs are in {options.pairs}, all else in .rest")
 
 
 if __name__ == "__main__":
