@@ -29,6 +29,12 @@ def weight_sums(model):
     return [weights.double().sum().item() for weights in model.state_dict().values()]
 
 
+def at_reference(found):
+    """What is measured of a policy that is still the reference, without its accuracies: there
+    every margin is 0, so that rounding decides them."""
+    return {name: value for name, value in found.items() if "accuracy" not in name}
+
+
 class Best:
     """The weights with the least held-out loss of all that was measured in a run.
 
@@ -66,15 +72,14 @@ class Best:
         print(f"{name} keeps {said}")
 
     def report(self, steps, found):
-        """What the report says of it. Shows what was found of the kept weights, but no accuracy of
-        those from before the first step: they are the reference's, and every margin is 0."""
+        """Show what was found of the kept weights -> it, and which weights these are."""
         if not self.weights:
-            return {}
-        for name in [name for name in found if not self.step and "accuracy" in name]:
-            del found[name]
+            return found
+        found = found if self.step else at_reference(found)
         names = [name for name in found if f"{name}_se" in found]
         texts = [f"{name} {found[name]:.3f} ± {found[f'{name}_se']:.3f}" for name in names]
         if texts:
             print("of these weights, ± standard error:", "  ".join(texts))
         how = "the least held-out loss of all measured, on these very held-out rows"
-        return {"kept": {"step": self.step, "of": steps, "by": how}, "start": self.start}
+        kept = {"step": self.step, "of": steps, "by": how}
+        return found | {"kept": kept, "start": self.start}

@@ -88,6 +88,8 @@ class OwnData:
             what = "no conversations" if file.learnt["conversations"] else "conversations"
             print(f"the model has learnt {what}, but {config.pairs} has {file.form}")
         policy.learnt = file.learnt
+        if (held_out := len(self.texts[1])) < 30:
+            print(f"only {held_out} rows are held out: too few for their figures to show anything")
         self.settle(file)
         prompts = list(dict.fromkeys(prompt for prompt, *_ in self.texts[1]))
         longest = block_size - config.max_new_tokens
@@ -109,8 +111,6 @@ class OwnData:
         config.max_new_tokens = config.max_new_tokens or file.answer_tokens
         chosen = f"--lr {config.lr:g}, --epochs {config.epochs}"
         chosen += f", --max-new-tokens {config.max_new_tokens}"
-        if (held_out := len(self.texts[1])) < 30:
-            print(f"only {held_out} rows are held out: too few for their figures to show anything")
         print(f"{count} rows, responses of {tokens:.0f} tokens on average: {chosen}")
 
     def pairs(self):

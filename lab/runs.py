@@ -13,7 +13,7 @@ from tqdm import tqdm
 import data
 import model as gpt
 from lab import flags
-from lab.metrics import Best
+from lab.metrics import Best, at_reference
 
 # What the bar and the screen show of a step, where a training has it; the log holds everything.
 SHOWN = "loss", "rewards/margins", "rewards/accuracies", "reward", "true_reward", "kl"
@@ -165,8 +165,7 @@ class Run:
         if not self.step:
             found = measure()
             self.best.note(self.model, 0, found)
-            # Not the accuracy: policy and reference are still one, so that rounding decides it.
-            self.best.start = {name: v for name, v in found.items() if "accuracy" not in name}
+            self.best.start = at_reference(found)
             print("before the first step:", average([self.best.start], shown(self.best.start)))
 
     def log(self, found, measure=dict):
@@ -205,8 +204,7 @@ class Run:
         """Write the report, and remove what only an interrupted run needs."""
         self.lap("measuring")
         end = {"seconds": self.seconds, "config": flags.used(self.config), "seed": self.config.seed}
-        end |= self.best.report(self.step, report)
-        write_json(f"{self.path}.json", report | end)
+        write_json(f"{self.path}.json", self.best.report(self.step, report) | end)
         os.remove(f"{self.path}.part.pt")
         print(f"wrote {self.name}.pt, .jsonl, .json to {self.config.out}/; seconds: {self.seconds}")
 

@@ -351,19 +351,21 @@ def test_a_trainer_writes_the_same_files_as_train_dpo(
     assert gpt.load(paths[0])[1]["tokenizer"] == gpt.load(paths[1])[1]["tokenizer"]
 
 
-def test_kto_learns_from_somebodys_thumbs(toy_sft, monkeypatch, tmp_path):
+def test_kto_learns_from_somebodys_thumbs(toy_sft, monkeypatch, capsys, tmp_path):
     """Of 33 rows the last batch has a single one, whose mismatch alone makes its z."""
+    answers = " No, never.", " Yes, of course."
     rows = [
-        {"prompt": f"What is {i}?", "completion": f" It is {i}.", "label": i % 3 > 0}
+        {"prompt": f"Is it {i}?", "completion": answers[i % 2], "label": i % 2 > 0}
         for i in range(40)
     ]
     paths = tmp_path / "thumbs.jsonl", tmp_path / "held_out.jsonl"
     for path, part in zip(paths, (rows[:33], rows[33:])):
         path.write_text("\n".join(map(json.dumps, part)))
     files = [f"--pairs={paths[0]}", f"--held-out={paths[1]}", f"--out={tmp_path}"]
-    flags = ["--loss=kto", *files, "--batch-size=8", *SIZES]
+    flags = ["--loss=kto", *files, "--batch-size=8", "--lr=1e-3", *SIZES]
     run_main(monkeypatch, train_variant, f"--init={toy_sft}/sft.pt", *flags)
-    assert "held-out/loss" in json.loads((tmp_path / "kto.json").read_text())
+    assert json.loads((tmp_path / "kto.json").read_text())["held-out/accuracy"] == 1
+    assert "only 7 rows are held out: too few" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

@@ -111,6 +111,14 @@ def run(monkeypatch):
 # --- Import ---------------------------------------------------------------------------------------
 
 
+def test_a_folder_that_transformers_cannot_read_is_imported_and_said_to_be(
+    transformers, folder, tmp_path, run, capsys
+):
+    (folder / "special_tokens_map.json").write_text("[1]")
+    run("import", folder, tmp_path / "gpt2.pt")
+    assert "token ids were not compared: transformers cannot read" in capsys.readouterr().out
+
+
 def test_an_imported_model_has_the_logits_that_transformers_computes(
     transformers, their_folder, tmp_path, run
 ):
@@ -420,12 +428,17 @@ def test_a_missing_file_is_named(folder, run, name):
         ("config.json", "config.json is no JSON object"),
         ("model.safetensors", "model.safetensors is cut short"),
         ("vocab.json", "vocab.json is no JSON object"),
-        ("merges.txt", "merges.txt"),  # it may end within a letter
     ],
 )
 def test_a_file_cut_short_is_named(folder, run, name, message):
     (folder / name).write_bytes((folder / name).read_bytes()[:-100])
     assert message in refusal(run, "import", folder, folder / "gpt2.pt")
+
+
+def test_merges_that_end_within_a_letter_are_named(folder, run):
+    (folder / "merges.txt").write_bytes("#version: 0.2\nĠ t\nĠ".encode()[:-1])
+    message = refusal(run, "import", folder, folder / "gpt2.pt")
+    assert "merges.txt is not UTF-8: fetch it again" in message
 
 
 def test_merges_that_are_too_few_are_counted(folder, run):

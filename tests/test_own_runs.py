@@ -63,13 +63,16 @@ def test_where_no_step_beats_the_start_the_start_is_kept_and_where_nothing_is_he
     model.weight.data.fill_(5)
     best.note(model, 0, {"held-out/loss": 1.0})
     model.weight.data.fill_(7)
-    best.note(model, 3, {"held-out/loss": 1.5})
+    said = "three measurements, and no held-out loss is below that before the first step"
+    for step in (1, 2, 3):
+        assert said not in capsys.readouterr().out
+        best.note(model, step, {"held-out/loss": 1.5})
+    assert said in capsys.readouterr().out
     best.take(model, "dpo", 3)
     assert model.weight.item() == 5
     assert "no step brought the held-out loss down" in capsys.readouterr().out
-    found = {"held-out/loss": 1.0, "held-out/accuracy": 0.0}
-    best.report(3, found)
-    assert found == {"held-out/loss": 1.0}
+    report = best.report(3, {"held-out/loss": 1.0, "held-out/accuracy": 0.0})
+    assert {*report} == {"held-out/loss", "kept", "start"}
     best = Best()
     best.note(model, 3, {"fresh/kl": 1.0})
     best.take(model, "dpo", 3)
@@ -251,7 +254,7 @@ def labelled(tokenizer, monkeypatch, tmp_path, capsys):
     return call
 
 
-def test_choices_are_written_at_once_and_taken_up_again(labelled):
+def test_choices_are_written_at_once_and_taken_up_again(labelled, tmp_path):
     done, rest, printed = labelled("x\n2\nq\n")
     assert done == [{"prompt": "Who?", "chosen": " B", "rejected": " A"}] and not rest
     assert "1 pairs, 0 from before; pairs are in" in printed
@@ -259,6 +262,7 @@ def test_choices_are_written_at_once_and_taken_up_again(labelled):
     assert done[1:] == [{"prompt": "What?", "chosen": " C", "rejected": " D"}]
     assert rest == [{"prompt": "How?", "choice": "skipped"}]
     assert "1 pairs, 1 skipped, 1 from before; pairs are in" in printed
+    (tmp_path / "p.jsonl").write_text((tmp_path / "p.jsonl").read_text().rstrip())
     assert "nothing new, 3 from before" in labelled("")[2]  # nothing is left to ask
 
 

@@ -70,8 +70,8 @@ def main():
     options = parser.parse_args()
     model, tokenizer = runs.load_checkpoint(options.checkpoint)
     paths = {"pairs": Path(options.pairs), "rest": Path(f"{options.pairs}.rest")}
-    texts = [path.read_text("utf-8") for path in paths.values() if path.exists()]
-    lines = "".join(texts).splitlines()
+    files = [path.read_text("utf-8") for path in paths.values() if path.exists()]
+    lines = [line for text in files for line in text.splitlines()]
     done, counts = Counter(json.loads(line)["prompt"] for line in lines), Counter()
     questions = iter(lambda: input("\nprompt> "), "")
     if options.prompts != "-":
@@ -88,7 +88,7 @@ def main():
                 break
             counts[CHOICES[key]] += 1
             record = record_of(model, question, responses, key)
-            with paths["pairs" if key in "12" else "rest"].open("a", encoding="utf-8") as file:
+            with paths.get(CHOICES[key], paths["rest"]).open("a", encoding="utf-8") as file:
                 file.write(json.dumps(record, ensure_ascii=False) + "\n")
     except EOFError:
         print()  # the input has ended, as with Ctrl-D
