@@ -4,12 +4,15 @@ import gzip
 import hashlib
 import json
 import os
+import re
+import subprocess
+import sys
 import threading
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from conftest import refusal
+from conftest import ROOT, refusal
 
 import data
 from lab.own import OwnFile, first_turn, hold_out
@@ -391,3 +394,39 @@ def test_the_length_of_answers_is_that_of_95_in_100(tmp_path, tokenizer):
     file = own_file(write(tmp_path, records))
     file.split(tokenizer, 64)
     assert file.learnt == {"conversations": False, "answer_tokens": 5}
+
+
+THEIRS = {  # for each function of docs/own-data.md a file, what it is for, and the row it holds
+    "Alpaca": (
+        json.dumps([{"instruction": "Which pet?", "input": "", "output": "A cat."}], indent=1),
+        "sft",
+        CHAT_ROW[:2],
+    ),
+    "ShareGPT": (
+        '{"conversations": [{"from": "human", "value": "Which pet?"}, '
+        '{"from": "gpt", "value": "A cat."}]}\n',
+        "sft",
+        CHAT_ROW[:2],
+    ),
+    "Orca": (
+        '{"system": "", "question": "Which pet?", "chosen": "A cat.", "rejected": "A dog."}\n',
+        "pairs",
+        CHAT_ROW,
+    ),
+    "CSV": (
+        '\ufeffprompt,completion,rating\r\n"Which, say,\npet?",A cat.,4\r\n',
+        "pairs",
+        ("User: Which, say,\npet?\n\nAssistant:", " A cat.", 4.0),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", THEIRS)
+def test_the_conversions_in_the_docs_give_what_is_read(tmp_path, name):
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "docs/own-data.md").read_text(), re.S)
+    frame, functions = blocks[0], dict(zip(THEIRS, blocks[1:], strict=True))
+    content, wanted, row = THEIRS[name]
+    theirs = write(tmp_path, content, "theirs" + (".csv" if name == "CSV" else ".json"))
+    script = write(tmp_path, functions[name] + frame, "convert.py")
+    converted = subprocess.run([sys.executable, script, theirs], stdout=subprocess.PIPE, check=True)
+    assert rows_of(tmp_path, converted.stdout, wanted) == [row]

@@ -3,11 +3,18 @@ same order, give the same numbers at every step. Skipped where TRL is missing (m
 
 import copy
 import itertools
+import json
+import math
 import os
 import random
+import shlex
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
+from conftest import ROOT
 
 import data
 import model as gpt
@@ -148,3 +155,30 @@ def test_trl_takes_the_same_steps(trl, sft, pairs, tmp_path, name):
         weight = their_weights[their_name].T if transposed else their_weights[their_name]
         torch.testing.assert_close(after[name], weight, rtol=1e-4, atol=1e-6)
         assert not torch.equal(after[name], before[name])
+
+
+def test_the_way_out_and_back_goes_as_the_docs_say(trl, sft, pairs, tmp_path):
+    """The last block of docs/own-data.md, word for word, on a toy model and pairs."""
+    model, tokenizer = copy.deepcopy(sft[0]), sft[1]
+    (tmp_path / "my").mkdir()
+    rows = [dict(zip(("prompt", "chosen", "rejected"), pair)) for pair in pairs[:32]]
+    (tmp_path / "my" / "pairs.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    (tmp_path / "out" / "my").mkdir(parents=True)
+    model.learnt = {"answer_tokens": 21}
+    gpt.save(tmp_path / "out/my/sft.pt", model, tokenizer=data.tokenizer_state(tokenizer))
+    commands = (ROOT / "docs" / "own-data.md").read_text().split("```")[-2].strip().splitlines()
+    assert [line.split()[0] for line in commands] == ["python", "mkdir", "cp", "trl", "python"]
+    for line in commands:
+        line = line.replace("tools/", f"{ROOT}/tools/") + " --use_cpu" * line.startswith("trl")
+        program, *arguments = shlex.split(line)
+        program = (
+            Path(sys.executable).with_name(program) if program in ("python", "trl") else program
+        )
+        run = subprocess.run([program, *arguments], cwd=tmp_path, capture_output=True, text=True)
+        assert run.returncode == 0, run.stderr
+    aligned, state = gpt.load(tmp_path / "out/my/aligned.pt")
+    assert state["tokenizer"] == data.tokenizer_state(tokenizer)
+    assert aligned.learnt == model.learnt
+    pairs = train_dpo.add_reference_logps(model, tokenizer, pairs[:32])
+    found = train_dpo.held_out_metrics(aligned, pairs, train_dpo.Config())
+    assert found["held-out/loss"] < math.log(2)  # Eq. 7, of the pairs that TRL has trained on
