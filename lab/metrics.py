@@ -53,7 +53,8 @@ class Best:
         self.worse_since += 1
         if measured["held-out/loss"] < self.loss:
             self.step, self.loss, self.worse_since = step, measured["held-out/loss"], 0
-            self.weights = {name: weights.clone() for name, weights in model.state_dict().items()}
+            for name, weights in model.state_dict().items():
+                self.weights[name] = weights.clone()  # in place of the last one, which is freed
         if not self.step and self.worse_since == 3:
             tqdm.write(
                 "three measurements, and no held-out loss is below that before the first step"
