@@ -114,7 +114,17 @@ class OwnData:
         print(f"{count} rows, responses of {tokens:.0f} tokens on average: {chosen}")
 
     def pairs(self):
-        """-> (rows to train on, rows held out): (prompt, chosen, rejected), or thumbs for KTO."""
+        """-> (rows to train on, rows held out): (prompt, chosen, rejected), or thumbs for KTO.
+
+        Pairs are also written to OUT/used_pairs/train.jsonl and test.jsonl, as texts, for TRL.
+        """
+        folder = f"{self.config.out}/used_pairs"
+        if folder in (os.path.dirname(p) for p in (self.config.pairs, self.config.held_out)):
+            raise SystemExit(f"{folder} is written by the run itself: give another --out")
+        if len(self.texts[0][0]) == 3 and isinstance(self.texts[0][0][2], str):
+            os.makedirs(folder, exist_ok=True)
+            for name, texts in zip(("train", "test"), self.texts):
+                write_pairs(f"{folder}/{name}.jsonl", texts)
         return self.texts
 
     def probe(self):
@@ -154,22 +164,30 @@ def own_epochs(config, count):
     return min(20, max(1, round(OWN_STEPS * config.batch_size / count)))
 
 
-def sample_pairs(reference, tokenizer, config, questions):
-    """Two responses of the reference to each of num_pairs prompts, labelled once by Eq. 1.
+def true_preference(prompts, firsts, seconds):
+    """Eq. 1 of the true rewards: the probability (N,) that a label prefers the first of two."""
+    rewards = [evaluate.true_rewards(prompts, texts).double() for texts in (firsts, seconds)]
+    return dpo.preference_probability(*rewards)
 
-    -> (prompt, chosen, rejected) texts. Equal responses, and those cut off or empty, make no pair.
+
+def sample_pairs(model, tokenizer, config, questions, judge=true_preference):
+    """Two responses of the model to each of num_pairs prompts, labelled once -> (prompt, chosen,
+    rejected) texts. Equal responses, and those cut off or empty, make no pair.
+
+    judge(prompts, firsts, seconds) -> the probabilities (N,) that the first is preferred.
     """
     rng = random.Random(config.seed)
     prompts = [q for q in rng.choices(questions, k=config.num_pairs) for _ in range(2)]
-    _, texts = sample_responses(reference, tokenizer, prompts, config, "sampling pairs")
-    rewards = evaluate.true_rewards(prompts, texts).double()
-    p_first = dpo.preference_probability(rewards[::2], rewards[1::2])
+    _, texts = sample_responses(model, tokenizer, prompts, config, "sampling pairs")
+    drawn = [
+        (prompt, first, second)
+        for prompt, first, second in zip(prompts[::2], texts[::2], texts[1::2])
+        if first != second and all(text and text.strip() for text in (first, second))
+    ]
     pairs = []
-    for prompt, first, second, p in zip(prompts[::2], texts[::2], texts[1::2], p_first.tolist()):
-        whole = all(text and text.strip() for text in (first, second))
-        if whole and first != second:
-            first_wins = rng.random() < p
-            pairs.append((prompt, first, second) if first_wins else (prompt, second, first))
+    for (prompt, first, second), p in zip(drawn, judge(*zip(*drawn)).tolist() if drawn else []):
+        first_wins = rng.random() < p
+        pairs.append((prompt, first, second) if first_wins else (prompt, second, first))
     left_out = config.num_pairs - len(pairs)
     print(f"{config.num_pairs} pairs sampled; {left_out} left out, being equal, empty or cut off")
     if not pairs:
@@ -185,11 +203,9 @@ def write_pairs(path, pairs):
     os.replace(f"{path}.tmp", path)
 
 
-def noise_limits(pairs):
-    """The best accuracy and the least loss that labels drawn by Eq. 1 allow, from true rewards."""
-    prompts, chosen, rejected = zip(*pairs)
-    rewards = [evaluate.true_rewards(prompts, texts) for texts in (chosen, rejected)]
-    p = dpo.preference_probability(*rewards)  # (N,)
+def noise_limits(pairs, judge=true_preference):
+    """The best accuracy and the least loss that labels allow which the judge draws."""
+    p = judge(*zip(*pairs))  # (N,)
     entropy = torch.special.entr(p) + torch.special.entr(1 - p)
     accuracy = torch.maximum(p, 1 - p).mean().item()
     return {"best_loss": entropy.mean().item(), "best_accuracy": accuracy}

@@ -135,13 +135,13 @@ class Run:
         run = identity(self.config, **parts)
         self.kept = {"tokenizer": data.tokenizer_state(tokenizer), "run": run}
 
-    def track(self, training, steps):
+    def track(self, training, steps, saves=10):
         """Yield what `training` yields, the metrics of each of its `steps` steps but the first
         self.step, with a bar, and save the model at the end. The caller hands each to log()."""
         self.lap("preparing")
         if os.path.exists(f"{self.path}.json"):
             os.remove(f"{self.path}.json")  # the report of another run
-        self.steps = steps
+        self.steps, self.saves = steps, saves
         self.bar = tqdm(total=steps, initial=self.step, desc=self.name, leave=False, disable=None)
         with open(f"{self.path}.jsonl", "a+", buffering=1) as self.file, self.bar:
             self.recent = self.cut_log()
@@ -169,17 +169,17 @@ class Run:
             print("before the first step:", average([self.best.start], shown(self.best.start)))
 
     def log(self, found, measure=dict):
-        """Write a step's line of NAME.jsonl. Ten times in a run, add to it what measure() finds
-        after the step, and then save the state, so that the log holds every step that is saved."""
+        """Write a step's line of NAME.jsonl. self.saves times in a run, add to it what measure()
+        finds after the step, and then save the state: the log holds every step that is saved."""
         self.step += 1
         self.recent = [*self.recent[-49:], found]
         means = average(self.recent, SHOWN)
         self.bar.set_postfix_str(means, refresh=False)
         self.bar.update()
-        is_tenth = self.step * 10 // self.steps > (self.step - 1) * 10 // self.steps
-        measured = measure() if is_tenth else {}
+        saved, due = ((step * self.saves) // self.steps for step in (self.step - 1, self.step))
+        measured = measure() if due > saved else {}
         self.file.write(json.dumps({"step": self.step, **found, **measured}) + "\n")
-        if is_tenth:
+        if due > saved:
             self.best.note(self.model, self.step, measured)
             now = "; now: " + average([measured], shown(measured)) if measured else ""
             count = len(self.recent)

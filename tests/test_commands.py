@@ -22,7 +22,7 @@ from experiments import compare, frontier
 from lab import runs, village
 from lab.pairs import check_village_fits
 from tools import chat
-from variants import train_grpo, train_rlhf, train_selfplay, train_variant
+from variants import train_grpo, train_online, train_rlhf, train_selfplay, train_variant
 
 TOY_DPO = ["--num-pairs=48", "--batch-size=8", "--eval-questions=2", "--eval-samples=3"]
 
@@ -101,6 +101,12 @@ def test_the_pipeline_on_somebodys_own_text_and_pairs(monkeypatch, capsys, tmp_p
     report = json.loads((tmp_path / "out" / "dpo.json").read_text())
     assert {"held-out/loss", "held-out/accuracy", "fresh/kl", "fresh/cut-off"} <= {*report}
     assert report["file"]["read"] == 18 == report["file"]["trained"] + report["file"]["held_out"]
+    used = [tmp_path / "out" / "used_pairs" / f"{part}.jsonl" for part in ("train", "test")]
+    texts = [path.read_text().splitlines() for path in used]
+    assert [*map(len, texts)] == [report["file"]["trained"], report["file"]["held_out"]]
+    assert {*sum(texts, [])} == {*(tmp_path / "pairs.jsonl").read_text().splitlines()}
+    again = refusal(run_main, monkeypatch, train_dpo, out, f"--pairs={used[0]}", *other)
+    assert "used_pairs is written by the run itself: give another --out" in again
     learnt = gpt.load(tmp_path / "out" / "dpo.pt")[0].learnt
     assert report["config"]["max_new_tokens"] == learnt["answer_tokens"]
 
@@ -334,6 +340,7 @@ SIZES = ["--eval-questions=2", "--eval-samples=2"]
         (train_grpo, ["--steps=2", "--questions=2", "--group=2"], "grpo"),
         (train_rlhf, ["--steps=2", "--samples=8", "--num-pairs=16"], "rlhf"),
         (train_selfplay, ["--judge=model", "--questions=4"], "rlaif"),
+        (train_online, ["--judge=pretrained", "--rounds=2", "--num-pairs=16"], "ai_feedback"),
     ],
 )
 def test_a_trainer_writes_the_same_files_as_train_dpo(

@@ -14,6 +14,7 @@ from conftest import ROOT, needs_unix, refusal, run_main
 import model as gpt
 import train_dpo
 import train_sft
+from variants import train_online
 
 SFT = "--pretrain-steps=12 --steps=14 --lr=0.02 --n-embd=16 --n-layer=1 --n-head=2".split()
 DPO = "--num-pairs=48 --batch-size=8 --epochs=4 --eval-questions=2 --eval-samples=3".split()
@@ -113,6 +114,26 @@ def test_a_killed_sft_run_resumes_to_the_same_bits(whole, tmp_path, monkeypatch,
     assert "of this very run, and finished" in refusal(
         run_main, monkeypatch, train_sft, *flags, "--resume"
     )
+
+
+ONLINE = "--rounds=4 --num-pairs=32 --batch-size=4 --lr=0.02 --eval-questions=2".split()
+
+
+@needs_unix
+def test_a_killed_online_run_resumes_at_its_last_round_to_the_same_bits(
+    whole, tmp_path, monkeypatch
+):
+    """It is killed in the third round, of whose pairs nothing is left."""
+    init = f"--init={whole}/sft.pt"
+    run_main(monkeypatch, train_online, init, f"--out={tmp_path}/whole", *ONLINE)
+    flags = [init, f"--out={tmp_path}", *ONLINE]
+    kill("in a step", 2, "variants.train_online", flags)
+    message = refusal(run_main, monkeypatch, train_online, *flags, "--resume", "--num-pairs=64")
+    assert "another run: num_pairs was" in message
+    run_main(monkeypatch, train_online, *flags, "--resume")
+    names = "online.jsonl", "online.pt"
+    assert (tmp_path / names[0]).read_bytes() == (tmp_path / "whole" / names[0]).read_bytes()
+    assert same_weights(tmp_path / names[1], tmp_path / "whole" / names[1])
 
 
 def test_pairs_that_have_changed_are_not_resumed(whole, tmp_path, monkeypatch):

@@ -160,14 +160,15 @@ def test_trl_takes_the_same_steps(trl, sft, pairs, tmp_path, name):
 def test_the_way_out_and_back_goes_as_the_docs_say(trl, sft, pairs, tmp_path):
     """The last block of docs/own-data.md, word for word, on a toy model and pairs."""
     model, tokenizer = copy.deepcopy(sft[0]), sft[1]
-    (tmp_path / "my").mkdir()
-    rows = [dict(zip(("prompt", "chosen", "rejected"), pair)) for pair in pairs[:32]]
-    (tmp_path / "my" / "pairs.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    (tmp_path / "out" / "my").mkdir(parents=True)
+    (tmp_path / "out/my/used_pairs").mkdir(parents=True)
+    rows = [dict(zip(("prompt", "chosen", "rejected"), pair)) for pair in pairs[:40]]
+    for name, part in (("train", rows[:32]), ("test", rows[32:])):
+        path = tmp_path / "out/my/used_pairs" / f"{name}.jsonl"
+        path.write_text("\n".join(map(json.dumps, part)))
     model.learnt = {"answer_tokens": 21}
     gpt.save(tmp_path / "out/my/sft.pt", model, tokenizer=data.tokenizer_state(tokenizer))
     commands = (ROOT / "docs" / "own-data.md").read_text().split("```")[-2].strip().splitlines()
-    assert [line.split()[0] for line in commands] == ["python", "mkdir", "cp", "trl", "python"]
+    assert [line.split()[0] for line in commands] == ["python", "trl", "python"]
     for line in commands:
         line = line.replace("tools/", f"{ROOT}/tools/") + " --use_cpu" * line.startswith("trl")
         program, *arguments = shlex.split(line)

@@ -16,11 +16,12 @@ import model as gpt
 import train_dpo
 from experiments import compare, frontier
 from lab import runs, village
-from responses import response_logps_no_grad, sample_responses
+from responses import response_logps, response_logps_no_grad, sample_responses
 from variants import (
     kto,
     reward_model,
     train_grpo,
+    train_online,
     train_rlhf,
     train_selfplay,
     train_variant,
@@ -617,3 +618,127 @@ def test_flipped_labels_exchange_the_responses_of_their_share():
     assert 70 < sum(flipped) < 130 and compare.flip(texts, 0.0, seed=0) == texts
     for (_, chosen, rejected), before, flip in zip(found, texts, flipped):
         assert (chosen, rejected) == (before[2:0:-1] if flip else before[1:])
+
+
+# --- Online DPO and AI feedback -----------------------------------------------------------------
+
+
+def worth_judge(prompts, firsts, seconds):
+    """Eq. 1 of WORTH; texts that were cut off never reach a judge."""
+    assert None not in firsts + seconds
+    return torch.sigmoid(worth(prompts, firsts) - worth(prompts, seconds))
+
+
+@pytest.fixture(scope="module")
+def one_letter():
+    """A reference that has learnt to answer with one letter, of the world above."""
+    torch.manual_seed(2)
+    model = gpt.GPT(gpt.GPTConfig(6, 8, n_layer=1, n_head=2, n_embd=32)).eval()
+    optimizer = torch.optim.Adam(model.parameters(), lr=1e-2)
+    letters = Letters()
+    liked = {"a": "aaaabcde", "b": "abcdeeee"}  # so that it tells the prompts apart
+    examples = [data.encode(letters, prompt, text) for prompt in PROMPTS for text in liked[prompt]]
+    for _ in range(60):
+        (-response_logps(model, examples).mean()).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return model.requires_grad_(False)
+
+
+def test_online_dpo_arrives_at_the_optimum(one_letter):
+    """Of the texts that are whole; others make no pair."""
+    reference, rewards = one_letter, torch.tensor([WORTH[p][1:] for p in PROMPTS]).double()
+    best = dpo.optimal_logps(enumerate_logps(reference)[:, 1:6], rewards, beta=1.0)[0].exp()
+
+    def distances(model):  # of the five texts' proportions from the optimum's, in total variation
+        p = enumerate_logps(model).exp()[:, 1:6]
+        return (p / p.sum(1, keepdim=True) - best).abs().sum(1) / 2
+
+    policy = copy.deepcopy(reference).requires_grad_(True)
+    sizes = {"num_pairs": 16384, "rounds": 8, "batch_size": 128, "max_new_tokens": 2}
+    config = train_online.Config(beta=1.0, lr=0.01, **sizes)
+    optimizer = torch.optim.SGD(policy.parameters(), config.lr, config.momentum)
+    models = policy, reference, Letters()
+    steps = [*train_online.train_rounds(models, optimizer, config, PROMPTS, worth_judge)]
+    assert [step["round"] for step in steps] == sorted([*range(1, 9)] * 16)
+    # The labels are noisy: over four seeds it ended at 0.02 to 0.09.
+    assert distances(policy).sum() < 0.15 < 0.4 < distances(reference).sum()
+
+
+def test_each_rounds_pairs_are_the_policys_own_and_the_reference_stays(one_letter, monkeypatch):
+    reference = one_letter
+    policy = copy.deepcopy(reference).requires_grad_(True)
+    config = train_online.Config(num_pairs=96, rounds=3, lr=0.1, batch_size=16, max_new_tokens=2)
+    optimizer = torch.optim.SGD(policy.parameters(), config.lr, config.momentum)
+    wrote, read, rates = [], [], []
+
+    def sample_pairs(model, *others):
+        assert model is policy
+        wrote.append(weights_of(model))
+        return runs_sample_pairs(model, *others)
+
+    def add_reference_logps(model, *others):
+        assert model is reference
+        read.append(weights_of(model))
+        return train_dpo.add_reference_logps(model, *others)
+
+    runs_sample_pairs = train_online.sample_pairs
+    monkeypatch.setattr(train_online, "sample_pairs", sample_pairs)
+    monkeypatch.setattr(train_online, "add_reference_logps", add_reference_logps)
+    models = policy, reference, Letters()
+    for step in train_online.train_rounds(models, optimizer, config, PROMPTS, worth_judge):
+        rates.append(step["lr"])
+    assert len({*wrote}) == 3 and len({*read}) == 1
+    assert rates == data.learning_rates(0.1, 6)  # one schedule over all rounds
+
+
+def weights_of(model):
+    return sum(weights.double().sum().item() for weights in model.state_dict().values())
+
+
+@pytest.mark.parametrize(
+    "text, parts",
+    [
+        (" Gladly! Ada is a smith. Have fun!", ("Gladly!", "Ada is a smith.", "Have fun!")),
+        (" Ada is a smith.", ("", "Ada is a smith.", "")),
+        (" Well, Ada is a smith. I think.", ("Well,", "Ada is a smith.", "I think.")),
+        (" Ugh. Ugh. Ada", ("Ugh.", "Ugh. Ada", "")),
+        (" Gladly!", ("Gladly!", "", "")),
+    ],
+)
+def test_the_parts_of_a_response(text, parts):
+    assert train_online.parts_of(text) == parts
+
+
+def test_the_constitution_by_hand(tokenizer):
+    """Manners by their points, truth by a slow sum over tokens, in a random model's eyes."""
+    torch.manual_seed(0)
+    model = gpt.GPT(gpt.GPTConfig(tokenizer.n_vocab, 64, n_layer=1, n_head=2, n_embd=16)).eval()
+    smith, baker = "Ada is a smith.", "Ada is a baker."
+
+    def likelihood(sentence):
+        ids, total = [tokenizer.eot_token, *tokenizer.encode_ordinary(" " + sentence)], 0.0
+        for k in range(1, len(ids)):
+            with torch.no_grad():
+                logits = model(torch.tensor([ids[:k]]))[0, -1]
+            total += logits.log_softmax(0)[ids[k]].item()
+        return total
+
+    truer = 2 if likelihood(smith) > likelihood(baker) else -2
+    cases = [
+        (f" Gladly! {smith} Take care!", f" Ugh. {smith} Go away.", 4),
+        (f" Gladly! {smith}", f" {smith} Who cares?", 2),
+        (f" {smith}", f" {baker}", truer),
+        (f" Hmm, {baker} Have fun!", f" Of course! {smith} Stop asking.", -truer + 1),
+    ]
+    _, firsts, seconds = zip(*((None, a, b) for a, b, _ in cases))
+    p = train_online.constitution(model, tokenizer)([""] * 4, firsts, seconds)
+    assert p.tolist() == pytest.approx([1 / (1 + math.exp(-s)) for *_, s in cases])
+
+
+def test_ai_feedback_reaches_facts_that_nobody_asked_but_no_question_of_the_evaluation():
+    train, held_out, never = village.split_questions()
+    assert train_online.questions_of("village") == train
+    questions = train_online.questions_of("pretrained")
+    assert not {*questions} & {*held_out, *never} and len({*questions}) == len(questions)
+    assert {village.QUESTIONS[q] for q in questions} == {*village.QUESTIONS.values()}

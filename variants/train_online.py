@@ -1,0 +1,148 @@
+"""Online DPO: Eq. 7 against the same frozen reference, on pairs that the policy has just written.
+
+    python variants/train_online.py                     labelled by the village's true reward
+    python variants/train_online.py --judge pretrained  labelled by a constitution: AI feedback
+
+Offline, all pairs come from the reference, and a garbled text that the policy begins to write is in
+none of them. Here each round samples two responses to a prompt from the policy as it is, has them
+labelled, and takes one pass over these pairs; a garbled text turns up in them and loses. This is
+iterative DPO (Xiong et al. 2023, arXiv:2312.11456), and with a step for each round online DPO (Guo
+et al. 2024, arXiv:2402.04792). One schedule of the learning rate spans all rounds.
+
+--judge pretrained reads no true reward: of two responses it prefers the one that keeps the two
+principles below better, as in the second half of Constitutional AI (Bai et al. 2022,
+arXiv:2212.08073). Its labels cost nothing, so it also asks about facts of which no annotator asked,
+in other words than the evaluation does.
+Writes out/online.pt, .jsonl and .json (ai_feedback.* with --judge pretrained).
+"""
+
+import copy
+import dataclasses
+import itertools
+import math
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).parent.parent))  # run from anywhere
+import data
+import dpo
+from lab import evaluate, flags, runs, village
+from lab.flags import flag
+from lab.metrics import weight_sums
+from lab.pairs import Village, noise_limits, sample_pairs, true_preference
+from responses import response_logps, response_logps_no_grad
+from train_dpo import add_reference_logps, check_start, pair_losses, pair_metrics
+
+
+@dataclass
+class Config(evaluate.Config):
+    judge: str = flag("village", "who labels the pairs", ("village", "pretrained"))
+    beta: float = flag(0.5, "β of Eq. 7, and of Eq. 3, by which the report judges the policy")
+    rounds: int = flag(8, "each on pairs that the policy writes at its beginning")
+    num_pairs: int = flag(24_000, "pairs to sample in all rounds together")
+    batch_size: int = flag(64, "pairs in each step")
+    lr: float = flag(1.2e-2, "highest rate, of SGD")
+    momentum: float = flag(0.9, "momentum of SGD, kept from round to round", zero=True, below=1)
+    resume: bool = flag(False, "go on from the end of the last finished round")
+
+
+def parts_of(text):
+    """A response -> its opening, the sentence between, and its closing."""
+    text = text.strip()
+    opening = max(filter(text.startswith, village.OPENINGS), key=len)
+    closing = max(filter(text.endswith, village.CLOSINGS), key=len)
+    return opening, text[len(opening) : len(text) - len(closing)].strip(), closing
+
+
+def constitution(pretrained, tokenizer):
+    """-> a judge: prompts, first and second responses (N each) -> p(the first is better) (N,)."""
+
+    def kindness(text):
+        """Be kind: a kind opening or closing is worth a point, a rude one costs a point."""
+        opening, _, closing = parts_of(text)
+        return village.OPENINGS[opening] + village.CLOSINGS[closing]
+
+    def truth(texts):
+        """Be true: the likelier a sentence is in a story, to the model that has read the stories,
+        the truer it is -> log-probabilities (N,)."""
+        sentences = [tokenizer.encode_ordinary(" " + parts_of(text)[1]) for text in texts]
+        start = [tokenizer.eot_token]
+        return response_logps_no_grad(pretrained, [data.join_ids(start, s) for s in sentences])
+
+    def judge(prompts, firsts, seconds):
+        kinder = torch.tensor([kindness(a) - kindness(b) for a, b in zip(firsts, seconds)])
+        truer = (truth(firsts) - truth(seconds)).cpu().sign()
+        return dpo.preference_probability(kinder + 2 * truer, torch.zeros(()))  # (N,)
+
+    return judge
+
+
+def count_steps(config):
+    """-> the steps of one round."""
+    return math.ceil(config.num_pairs / config.rounds / config.batch_size)
+
+
+def train_rounds(models, optimizer, config, questions, judge, start=0):
+    """Take all rounds but those of the first `start` steps. Yields the metrics of each step, and of
+    its round's pairs what a judge that knew all could reach."""
+    policy, reference, tokenizer = models
+    steps = count_steps(config)
+    rates = data.learning_rates(config.lr, config.rounds * steps)
+    for number in range(start // steps, config.rounds):
+        seed, count = config.seed + 1000 * number, config.num_pairs // config.rounds
+        sampling = dataclasses.replace(config, seed=seed, num_pairs=count)
+        texts = sample_pairs(policy, tokenizer, sampling, questions, judge)
+        limits = noise_limits(texts, judge)
+        pairs = add_reference_logps(reference, tokenizer, texts)
+        if not number:
+            check_start(policy, pairs, config)
+        # Pairs that fell out, being equal, are made up for by seeing some twice.
+        batches = itertools.islice(data.batches(len(pairs), config.batch_size, seed), steps)
+        for lr, rows in zip(rates[number * steps :], batches):
+            optimizer.param_groups[0]["lr"] = lr
+            batch = pairs.take(rows)  # B pairs
+            logps = response_logps(policy, batch.chosen + batch.rejected).chunk(2)  # (B,) each
+            loss = pair_losses(*logps, batch, config).mean()
+            loss.backward()
+            found = {"loss": loss.detach()[None]} | pair_metrics(*logps, batch, config)
+            found["grad_norm"] = runs.finite_grad_norm(policy, loss)
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+            means = {name: value.mean().item() for name, value in found.items()}
+            yield means | {"lr": lr, "round": number + 1} | limits
+
+
+def questions_of(judge):
+    """An annotator's questions; a judge whose labels cost nothing also gets those on the facts that
+    no annotator asked for, except for the very questions of the evaluation."""
+    train, _, never = village.split_questions()
+    facts = {village.QUESTIONS[question] for question in never}
+    others = [q for q, fact in village.QUESTIONS.items() if fact in facts and q not in never]
+    return train + others * (judge == "pretrained")
+
+
+def main():
+    config = flags.read_config(Config, "train_online.py")
+    run = runs.Run("online" if config.judge == "village" else "ai_feedback", config)
+    policy, tokenizer = runs.load_policy(config)
+    reference = copy.deepcopy(policy).requires_grad_(False)
+    source, judge = Village(policy, reference, tokenizer, config), true_preference
+    if config.judge == "pretrained":
+        beside = Path(config.init or f"{config.out}/sft.pt").with_name("pretrained.pt")
+        judge = constitution(runs.load_checkpoint(beside, policy.wte.weight.device)[0], tokenizer)
+    optimizer = torch.optim.SGD(policy.parameters(), config.lr, config.momentum)
+    count, weights = config.num_pairs, weight_sums(reference)
+    run.attach(policy, tokenizer, optimizer, num_pairs=count, reference=weights)
+    runs.resume(run)
+    models, questions = (policy, reference, tokenizer), questions_of(config.judge)
+    training = train_rounds(models, optimizer, config, questions, judge, run.step)
+    for metrics in run.track(training, config.rounds * count_steps(config), config.rounds):
+        run.log(metrics, source.probe)  # measures, and saves the policy, at the end of each round
+    run.finish(source.report())
+
+
+if __name__ == "__main__":
+    flags.command(main, "--resume goes on from the end of the last finished round")
