@@ -166,5 +166,5 @@ def paint(tokenizer: tiktoken.Encoding, ids: list[int], mask: list[bool]) -> str
     """The tokens with those that the loss scores in green, or in [brackets] without a terminal."""
     before, after = ("\033[32m", "\033[0m") if sys.stdout.isatty() else ("[", "]")
     words = [tokenizer.decode([i]) for i in ids]
-    words = ["".join(c if c.isprintable() else "�" for c in word) for word in words]
+    words = ["".join(c if c.isprintable() else repr(c)[1:-1] for c in word) for word in words]
     return "|".join(before + w + after if scored else w for w, scored in zip(words, mask))

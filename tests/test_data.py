@@ -121,3 +121,9 @@ def test_a_text_too_small_for_the_vocabulary_names_a_size_that_works():
     with pytest.raises(ValueError, match="too few words for 400 tokens: 259 would do"):
         data.train_tokenizer("on an on", 400)
     assert data.train_tokenizer("on an on", 259).n_vocab == 260
+
+
+def test_painted_tokens_show_what_is_scored_and_line_breaks():
+    tokenizer = data.build_tokenizer([chr(byte) for byte in range(256)])
+    painted = data.paint(tokenizer, *data.encode(tokenizer, "a\n", " b"))
+    assert painted == "a|\\n|[ ]|[b]|[<|endoftext|>]"
