@@ -67,8 +67,8 @@ def reward_parts(questions):
 
 def measure(policy, reference, tokenizer, questions, exact, config):
     """Of {"reference", "policy", "optimum"}, by question, (Q,) each: true reward; KL; how often a
-    Bradley-Terry judge prefers a response to one of the reference's; share of garbled texts; parts
-    of the reward. Then how far the optimum's objective moves if garbled texts are left out of Z(x).
+    Bradley-Terry judge prefers a response to one of the reference's; share of garbled texts; their
+    part of the KL; parts of the reward. Then how far the optimum's objective moves if garbled texts are left out of Z(x).
 
     The reference's and the optimum's are sums over all responses (Eq. 4), of which exact is the
     reference's exact_distribution(); the policy's are means of config.eval_samples fresh samples a
@@ -81,21 +81,23 @@ def measure(policy, reference, tokenizer, questions, exact, config):
 
     def sums(logps):
         p, is_garbled = logps.exp(), torch.arange(logps.shape[1]) == logps.shape[1] - 1
-        terms = rewards, logps - ref_logps, p_win(rewards), is_garbled, *parts  # (Q, N + 1) each
+        log_ratios = logps - ref_logps  # (Q, N + 1), as all terms
+        terms = rewards, log_ratios, p_win(rewards), is_garbled, is_garbled * log_ratios, *parts
         return [(p * term).sum(dim=1) for term in terms]
 
     prompts = [question for question in questions for _ in range(config.eval_samples)]
     texts, log_ratios = fresh_samples(policy, reference, tokenizer, prompts, config)
     garbled = torch.tensor([text not in village.responses(p) for p, text in zip(prompts, texts)])
     said = [village.reward_parts(p).get(t, NO_PARTS) for p, t in zip(prompts, texts)]
-    found = true_rewards(prompts, texts), log_ratios, garbled, *torch.tensor(said).T  # (Q * S,)
+    others = garbled, garbled * log_ratios, *torch.tensor(said).T  # (Q * S,) each
+    found = true_rewards(prompts, texts), log_ratios, *others
     scores, log_ratios, *others = (x.double().view(len(questions), -1) for x in found)  # (Q, S)
     policy = [x.mean(dim=1) for x in (scores, log_ratios, p_win(scores), *others)]
     rows = {"reference": sums(ref_logps), "policy": policy, "optimum": sums(best_logps)}
     return rows, config.beta * (log_z - log_z_listed).mean().item()
 
 
-METRICS = ["reward", "kl", "objective", "optimality", "win_rate", "garbled"]
+METRICS = ["reward", "kl", "objective", "optimality", "win_rate", "garbled", "kl/garbled"]
 METRICS += [f"reward/{part}" for part in village.PARTS]
 
 

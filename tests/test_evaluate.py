@@ -114,12 +114,17 @@ def test_measure_knows_another_policys_reward_and_kl(known, tokenizer):
         assert abs(found - mean) < 4 * spread and spread < 0.03
     assert rows["policy"][1] > 0.1
     # The reward is the sum of its parts, and of −3 for garbled texts: in sums and in samples.
-    assert all(part.abs() > 0.01 for part in rows["policy"][4:])
-    for reward, _, _, garbled, *parts in rows.values():
+    assert all(part.abs() > 0.01 for part in rows["policy"][5:])
+    for reward, _, _, garbled, _, *parts in rows.values():
         assert (sum(parts) - 3 * garbled).item() == pytest.approx(reward.item(), abs=1e-9)
     reward, kl, *_ = rows["optimum"]
     log_z = (q * (rewards / 0.5).exp()).sum().log()
     assert (reward - 0.5 * kl).item() == pytest.approx(0.5 * log_z.item(), abs=1e-5)
+    # Garbled texts are as likely to this policy as to the reference, and less so to the optimum.
+    log_ratio = -3 / 0.5 - log_z
+    garbled_kl = (q[-1] * log_ratio.exp() * log_ratio).item()
+    assert rows["optimum"][4].item() == pytest.approx(garbled_kl, rel=1e-4) and garbled_kl < -1e-6
+    assert rows["policy"][4].item() == pytest.approx(0, abs=1e-6)
 
 
 def test_labels_follow_bradley_terry(known, tokenizer):
