@@ -23,6 +23,9 @@ RUNS ?= out
 figures: .venv/installed-dev
 	.venv/bin/python experiments/curves.py $(RUNS) --picture assets/curves.svg
 
+tables: .venv/installed
+	.venv/bin/python experiments/tables.py
+
 .venv/installed: requirements.txt
 	@command -v $(PYTHON) > /dev/null || { echo "$(PYTHON) is not installed: install Python 3.11 or newer"; exit 1; }
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
@@ -39,4 +42,4 @@ figures: .venv/installed-dev
 	.venv/bin/python -m pip install --quiet --disable-pip-version-check -r requirements-peers.txt
 	@touch $@
 
-.PHONY: run test lint test-peers mutants figures
+.PHONY: run test lint test-peers mutants figures tables

@@ -1,10 +1,12 @@
 """Every method on one ground: the same SFT model, pairs, questions and ruler, seed by seed.
 
-    python experiments/compare.py                            all that is missing, then the tables
+    python experiments/compare.py                            all that is missing or stale
     python experiments/compare.py --seeds 1 --only dpo,ipo   one seed, some methods
+    python experiments/tables.py                             then the tables
 
-Each run leaves OUT/SEED/METHOD.json and is not repeated while that file is there. Seconds are those
-of the fastest seed, from the SFT model on: sampling, labels, the reference's pass, training.
+A run's figures go to experiments/results/STUDY/SEED.json, and it is not repeated while they are
+there and the code that computed them is the same. Seconds are those from the SFT model on:
+sampling, labels, the reference's pass, training.
 """
 
 import copy
@@ -12,7 +14,6 @@ import json
 import math
 import random
 import re
-import statistics
 import subprocess
 import sys
 import time
@@ -28,6 +29,7 @@ import data
 import dpo
 import train_dpo
 import train_sft
+from experiments import results
 from lab import evaluate, flags, runs, village
 from lab.flags import flag
 from lab.pairs import sample_pairs
@@ -57,7 +59,26 @@ METHODS |= {
     "grpo": ("GRPO on the true reward", 2, 2),
     "grpo_no_std": ("GRPO --no-std on the true reward", 2, 2),
     "best_of_n": (f"best of {BEST_OF}, by the true reward", 1, 1),
+    "online": ("online DPO, 8 rounds", 2, 2),
+    "online_48k": ("online DPO, 16 rounds", 2, 2),
+    "ai_feedback": ("AI feedback, 8 rounds", 2, 3),
 }
+ONLINE = "variants/train_online.py"
+SCRIPTS = {  # of those whose figures are a script's own report: its flags, the report, labels
+    "dpo": (["train_dpo.py"], "dpo", 24_000),
+    "online": ([ONLINE], "online", 24_000),
+    "online_48k": ([ONLINE, "--rounds=16", "--num-pairs=48000"], "online", 48_000),
+    "ai_feedback": ([ONLINE, "--judge=pretrained"], "ai_feedback", 0),
+}
+# Which files compute a method's figures, besides those that all rest on.
+FILES = dict.fromkeys(train_variant.LOSSES, ("variants/losses", "variants/train_variant"))
+FILES |= dict.fromkeys(("kto", "kto_half"), ("variants/losses", "variants/kto"))
+SELF_PLAY = "variants/losses", "variants/train_selfplay", "variants/reward_model"
+FILES |= dict.fromkeys(("sppo_selfplay", "rlaif", "spin", "sft_demos"), SELF_PLAY)
+GRPO = "variants/losses", "variants/train_grpo"
+FILES |= dict.fromkeys(("grpo", "grpo_no_std"), GRPO)
+FILES |= dict.fromkeys(("rlhf", "ppo_gt"), (*GRPO, "variants/train_rlhf", "variants/reward_model"))
+FILES |= dict.fromkeys(("online", "online_48k", "ai_feedback"), ("variants/train_online",))
 USE_PAIRS = ["dpo", *train_variant.LOSSES, "kto_half", "sft_chosen", "rlhf"]
 
 
@@ -66,7 +87,8 @@ class Config:
     seeds: str = flag("0,1,2", "with commas between them")
     only: str = flag("", "names of methods, with commas between them; else all")
     noise: bool = flag(False, "also the sweep of flipped labels")
-    out: str = flag("out/compare", "folder for models and results")
+    out: str = flag("out/compare", "folder for models")
+    study: str = flag("village", "folder of experiments/results")
 
 
 class Ground:
@@ -79,6 +101,7 @@ class Ground:
             subprocess.run([sys.executable, *command], cwd=ROOT, check=True)
         self.reference, self.tokenizer = runs.load_checkpoint(self.folder / "sft.pt")
         self.reference.requires_grad_(False)
+        self.sft = results.digest_of(self.folder / "sft.pt")
         self.questions, self.held_out, _ = village.split_questions()
         self.exact = evaluate.exact_distribution(self.reference, self.tokenizer, self.held_out)
 
@@ -193,8 +216,28 @@ def best_of_n(exact, n, beta):
     return {"reference": reference, "policy": policy, "optimum": optimum}
 
 
+def short(summary):
+    """A row of a report, without standard errors but the optimality's."""
+    names = [n for n in summary if not n.endswith("_se") or n == "optimality_se"]
+    return {name: round(summary[name], 5) for name in names}
+
+
+def run_script(ground, name):
+    """-> figures from the report of a method's own script."""
+    (line, report, labels), folder = SCRIPTS[name], ground.folder.absolute()
+    own = [f"--seed={ground.seed}", f"--init={folder}/sft.pt", f"--out={folder}/{name}"]
+    subprocess.run([sys.executable, *line, *own], cwd=ROOT, check=True)
+    report = json.loads((folder / name / f"{report}.json").read_text())
+    seconds = report["seconds"]["preparing"] + report["seconds"]["training"]
+    rows = {row: short(report[row]) for row in ("reference", "policy", "optimum")}
+    never = {"policy": short(report["never_asked"]["policy"])}
+    return rows | {"never_asked": never, "labels": labels, "seconds": round(seconds, 1)}
+
+
 def run(ground, name, **settings):
-    """One method at one seed -> what its file holds."""
+    """One method at one seed -> its figures."""
+    if name in SCRIPTS and not settings:
+        return run_script(ground, name)
     config = ground.config(train_dpo.Config)  # of the measurement, whose β is one for all
     if name == "best_of_n":
         rows, labels, seconds = best_of_n(ground.exact, BEST_OF, config.beta), BEST_OF, 0
@@ -208,43 +251,8 @@ def run(ground, name, **settings):
         seconds = round(time.perf_counter() - started + shared, 1)
         models = policy, ground.reference, ground.tokenizer
         rows, _ = evaluate.measure(*models, ground.held_out, ground.exact, config)
-    return evaluate.summarise(rows, config.beta)["policy"] | {"labels": labels, "seconds": seconds}
-
-
-def read(folder, seeds, name):
-    paths = [Path(folder) / str(seed) / f"{name}.json" for seed in seeds]
-    return [json.loads(path.read_text()) for path in paths if path.exists()]
-
-
-def cell(values, style):
-    spread = f" ± {statistics.stdev(values):{style}}" if len(values) > 1 else ""
-    return f"{statistics.fmean(values):{style}}{spread}"
-
-
-def print_table(folder, seeds, names):
-    head = "method stages models labels seconds E[r] KL garbled wins optimality seeds".split()
-    print(f"\n| {' | '.join(head)} |\n" + "|---" * 11 + "|")
-    for name in names:
-        if not (found := read(folder, seeds, name)):
-            continue
-        title, stages, models = METHODS[name]
-        columns = {key: [run[key] for run in found] for key in found[0]}
-        print(
-            f"| {title} | {stages} | {models} | {statistics.fmean(columns['labels']):,.0f} "
-            f"| {min(columns['seconds']):.0f} | {cell(columns['reward'], '.2f')} "
-            f"| {cell(columns['kl'], '.2f')} | {statistics.fmean(columns['garbled']):.1%} "
-            f"| {statistics.fmean(columns['win_rate']):.3f} "
-            f"| {cell(columns['optimality'], '.1%')} | {len(found)} |"
-        )
-
-
-def print_noise(folder, seeds):
-    print("\n| labels flipped |", " | ".join(f"{share:.0%}" for share in NOISE), "|")
-    print("|---" * (1 + len(NOISE)) + "|")
-    for name in ("dpo", "ipo", "cdpo", "robust"):
-        found = [read(folder, seeds, f"{name}_flip_{share}") for share in NOISE]
-        cells = [cell([r["optimality"] for r in row], ".1%") if row else "" for row in found]
-        print(f"| {METHODS[name][0]} |", " | ".join(cells), "|")
+    policy = short(evaluate.summarise(rows, config.beta)["policy"])
+    return {"policy": policy, "labels": labels, "seconds": seconds}
 
 
 def main():
@@ -262,20 +270,20 @@ def main():
                 smooth = {"label_smoothing": share}
                 for name, own in (("dpo", {}), ("ipo", {}), ("cdpo", smooth), ("robust", smooth)):
                     jobs[f"{name}_flip_{share}"] = name, {"flips": share, **own}
-        folder = Path(config.out) / str(seed)
-        missing = [job for job in jobs if not (folder / f"{job}.json").exists()]
-        ground = Ground(seed, config.out) if missing else None
+        kept = results.read(config.study).get(seed, {"runs": {}})["runs"]
+        missing = [job for job in jobs if job not in kept or results.is_stale(kept[job])]
+        if missing:
+            ground = Ground(seed, config.out)
+            results.read_file(config.study, seed, ground.sft)  # or refuse before any work
         for job in tqdm(missing, f"seed {seed}", leave=False, disable=None):
             name, settings = jobs[job]
             try:
-                result = run(ground, name, **settings)
+                figures = run(ground, name, **settings)
             except FloatingPointError as error:
                 raise FloatingPointError(f"{job}, seed {seed}: {error}")
-            runs.write_json(folder / f"{job}.json", result)
-            print(f"{job}: optimality {result['optimality']:.1%} ± {result['optimality_se']:.1%}")
-    print_table(config.out, seeds, names)
-    if config.noise:
-        print_noise(config.out, seeds)
+            results.keep(config.study, seed, ground.sft, job, figures, FILES.get(name, ()))
+            policy = figures["policy"]
+            print(f"{job}: optimality {policy['optimality']:.1%} ± {policy['optimality_se']:.1%}")
 
 
 if __name__ == "__main__":

@@ -68,7 +68,8 @@ def reward_parts(questions):
 def measure(policy, reference, tokenizer, questions, exact, config):
     """Of {"reference", "policy", "optimum"}, by question, (Q,) each: true reward; KL; how often a
     Bradley-Terry judge prefers a response to one of the reference's; share of garbled texts; their
-    part of the KL; parts of the reward. Then how far the optimum's objective moves if garbled texts are left out of Z(x).
+    part of the KL; parts of the reward. Then how far the optimum's objective moves if garbled texts
+    are left out of Z(x).
 
     The reference's and the optimum's are sums over all responses (Eq. 4), of which exact is the
     reference's exact_distribution(); the policy's are means of config.eval_samples fresh samples a

@@ -18,7 +18,7 @@ import model as gpt
 import responses
 import train_dpo
 import train_sft
-from experiments import compare, frontier
+from experiments import compare, frontier, results
 from lab import runs, village
 from lab.pairs import check_village_fits
 from tools import chat
@@ -281,19 +281,34 @@ def toy_ground(toy_sft, monkeypatch, tmp_path):
         return cls(seed=ground.seed, out=str(ground.folder), **toy | settings)
 
     monkeypatch.setattr(compare.Ground, "config", config)
+    monkeypatch.setattr(results, "RESULTS", tmp_path / "results")
     shutil.copytree(toy_sft, tmp_path / "0")
     return tmp_path
 
 
 def test_every_method_runs_and_finished_runs_are_not_repeated(toy_ground, monkeypatch, capsys):
-    flags = ["--seeds=0", f"--out={toy_ground}"]
+    names = [name for name in compare.METHODS if name not in compare.SCRIPTS]
+    flags = ["--seeds=0", f"--out={toy_ground}", f"--only={','.join(names)}"]
     run_main(monkeypatch, compare, *flags)
-    assert capsys.readouterr().out.count("optimality") == len(compare.METHODS) + 1
-    for name in compare.METHODS:
-        result = json.loads((toy_ground / "0" / f"{name}.json").read_text())
-        assert math.isfinite(result["optimality"])
+    assert capsys.readouterr().out.count("optimality") == len(names)
+    runs = results.read("village")[0]["runs"]
+    assert [*runs] == names
+    for run in runs.values():
+        assert math.isfinite(run["figures"]["policy"]["optimality"])
     run_main(monkeypatch, compare, *flags)
-    assert capsys.readouterr().out.count("optimality") == 1  # the table's head
+    assert not capsys.readouterr().out
+
+
+def test_a_scripts_report_is_its_methods_figure(toy_ground, monkeypatch):
+    line = [compare.ONLINE, "--rounds=2", "--num-pairs=16", *SIZES]
+    monkeypatch.setitem(compare.SCRIPTS, "online", (line, "online", 16))
+    run_main(monkeypatch, compare, "--seeds=0", f"--out={toy_ground}", "--only=online")
+    figures = results.read("village")[0]["runs"]["online"]["figures"]
+    report = json.loads((toy_ground / "0" / "online" / "online.json").read_text())
+    for row in ("reference", "policy", "optimum"):
+        for name, value in figures[row].items():
+            assert report[row][name] == pytest.approx(value, abs=1e-5)
+    assert figures["labels"] == 16 and figures["seconds"] > 0
 
 
 def test_the_frontier_is_drawn_and_no_method_is_above_it(toy_ground, monkeypatch, capsys):

@@ -3,7 +3,6 @@
 import copy
 import dataclasses
 import inspect
-import json
 import math
 import random
 
@@ -563,16 +562,6 @@ def test_a_pair_is_a_thumb_up_and_a_thumb_down(tokenizer):
 
 
 # --- The experiments ----------------------------------------------------------------------------
-
-
-def test_the_table_of_flipped_labels_by_hand(tmp_path, capsys):
-    """Two seeds, 0.5 and 0.7: their mean, and √0.02 as their standard deviation."""
-    for seed, optimality in enumerate((0.5, 0.7)):
-        (tmp_path / str(seed)).mkdir()
-        result = json.dumps({"optimality": optimality})
-        (tmp_path / str(seed) / "robust_flip_0.2.json").write_text(result)
-    compare.print_noise(tmp_path, [0, 1])
-    assert "| robust DPO |  | 60.0% ± 14.1% |  |" in capsys.readouterr().out
 
 
 def test_best_of_n_equals_enumeration_of_draws():

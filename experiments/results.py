@@ -1,0 +1,99 @@
+"""Results in files, and what they were computed by.
+
+A file for each seed, experiments/results/STUDY/SEED.json: the machine, a digest of the fine-tuned
+model from which all its runs start, and of each run its figures, its commit, and a hash of the code
+that computed them. A result is stale when that code has changed since.
+"""
+
+import ast
+import hashlib
+import json
+import os
+import platform
+import subprocess
+from pathlib import Path
+
+import torch
+
+from lab.runs import write_json
+
+ROOT = Path(__file__).parent.parent
+RESULTS = ROOT / "experiments" / "results"
+CORE = "dpo model data responses train_sft train_dpo lab/village lab/pairs lab/evaluate".split()
+
+
+class Computing(ast.NodeTransformer):
+    """Leaves of a program what computes: no comments, doc strings, messages or help texts."""
+
+    def visit_Expr(self, node):
+        is_print = isinstance(node.value, ast.Call) and ast.unparse(node.value.func) == "print"
+        return None if is_print or isinstance(node.value, ast.Constant) else node
+
+    def visit_Raise(self, node):
+        return ast.Raise()
+
+    def visit_Call(self, node):
+        if ast.unparse(node.func) == "flag":
+            node.args[1:2] = []  # the help text
+        return self.generic_visit(node)
+
+
+def code_hash(more=()):
+    """Of the code that every result rests on, and of more files, without their ".py"."""
+    digest = hashlib.sha256()
+    for name in [*CORE, *more]:
+        tree = Computing().visit(ast.parse((ROOT / f"{name}.py").read_text("utf-8")))
+        digest.update(ast.dump(tree).encode())
+    return digest.hexdigest()[:12]
+
+
+def digest_of(path):
+    """Of the weights in a checkpoint: another CPU fine-tunes to another model."""
+    weights = torch.load(path, weights_only=True, map_location="cpu")["weights"]
+    return hashlib.sha256(b"".join(w.numpy().tobytes() for w in weights.values())).hexdigest()[:12]
+
+
+def machine():
+    lines = Path("/proc/cpuinfo").read_text().splitlines() if os.name == "posix" else []
+    names = [line.split(": ")[1] for line in lines if line.startswith("model name")]
+    return {
+        "cpu": names[0] if names else platform.processor(),
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+    }
+
+
+def commit():
+    """The commit of the checkout, with a + where files differ from it."""
+    said = ["git", "describe", "--always", "--dirty=+", "--exclude=*", "--abbrev=7"]
+    run = subprocess.run(said, cwd=ROOT, capture_output=True, text=True)
+    return run.stdout.strip() or "unknown"
+
+
+def read(study):
+    """{seed: its file}, in the order of the seeds."""
+    paths = sorted((RESULTS / study).glob("*.json"), key=lambda path: int(path.stem))
+    return {int(path.stem): json.loads(path.read_text("utf-8")) for path in paths}
+
+
+def read_file(study, seed, sft):
+    """A seed's file, or an empty one. Refuses one of another fine-tuned model."""
+    path = RESULTS / study / f"{seed}.json"
+    file = json.loads(path.read_text("utf-8")) if path.exists() else {"sft": sft, "runs": {}}
+    if file["sft"] != sft:
+        raise SystemExit(f"{path} is of another fine-tuned model: remove it to measure all anew")
+    return file
+
+
+def keep(study, seed, sft, name, figures, more=()):
+    """Add a run's figures to its seed's file."""
+    file = read_file(study, seed, sft)
+    by = {"commit": commit(), "code": code_hash(more), "more": [*more], "machine": machine()}
+    file["runs"][name] = {"figures": figures} | by
+    (RESULTS / study).mkdir(parents=True, exist_ok=True)
+    write_json(RESULTS / study / f"{seed}.json", file)
+
+
+def is_stale(run):
+    """Whether the code has changed since."""
+    return run["code"] != code_hash(run["more"])

@@ -1,0 +1,137 @@
+"""Fill the tables in README.md and docs/ from experiments/results/, and name those that are stale.
+
+    python experiments/tables.py
+
+A table stands between <!-- NAME --> and <!-- end of NAME -->, and NAME is a function below.
+"""
+
+import re
+import statistics
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parent.parent))  # run from anywhere
+from experiments import compare, results
+
+ROOT = Path(__file__).parent.parent
+
+
+def spread(values, style):
+    """Mean ± standard deviation."""
+    error = f" ± {statistics.stdev(values):{style}}" if len(values) > 1 else ""
+    return f"{statistics.fmean(values):{style}}{error}"
+
+
+def table(head, rows):
+    return ["| " + " | ".join(row) + " |" for row in [head, ["---"] * len(head), *rows]]
+
+
+def runs_of(study, name):
+    """The figures of a run, of each seed that has it."""
+    files = results.read(study).values()
+    return [file["runs"][name]["figures"] for file in files if name in file["runs"]]
+
+
+def default():
+    head = ["held-out questions", "E[reward]", "KL(π‖π_ref)", "J = E[r] − βKL", "optimality"]
+    reports, rows = runs_of("village", "dpo"), []
+    titles = {"reference": "reference", "policy": "DPO", "optimum": "optimum, Eq. 4"}
+    for row, title in titles.items():
+        cells = [[r[row][name] for r in reports] for name in ("reward", "kl", "objective")]
+        cells = [spread(values, ".3f") for values in cells]
+        rows.append([title, *cells, spread([r[row]["optimality"] for r in reports], ".1%")])
+    return table(head, rows)
+
+
+ONLINE = {
+    "dpo": ("DPO", "24,000"),
+    "online": ("online DPO", "24,000"),
+    "online_48k": ("online DPO, 16 rounds", "48,000"),
+    "ai_feedback": ("AI feedback", "0"),
+}
+
+
+def online():
+    head = [
+        "method", "labels", "E[reward]", "KL", "garbled", "their share of the KL", "optimality",
+        "median, worst", "never asked", "seeds",
+    ]  # fmt: skip
+    rows = []
+    for name, (title, labels) in ONLINE.items():
+        if not (reports := runs_of("village", name)):
+            continue
+        policies = [report["policy"] for report in reports]
+        reached = [policy["optimality"] for policy in policies]
+        share = [policy["kl/garbled"] / policy["kl"] for policy in policies]
+        never = [report["never_asked"]["policy"]["optimality"] for report in reports]
+        rows.append([
+            title, labels, spread([p["reward"] for p in policies], ".2f"),
+            spread([p["kl"] for p in policies], ".2f"),
+            f"{statistics.fmean(p['garbled'] for p in policies):.1%}",
+            f"{statistics.fmean(share):.1%}", spread(reached, ".1%"),
+            f"{statistics.median(reached):.1%}, {min(reached):.1%}", spread(never, ".1%"),
+            str(len(reports)),
+        ])  # fmt: skip
+    return table(head, rows)
+
+
+def family():
+    head = "method stages models labels seconds E[r] KL garbled wins optimality seeds".split()
+    rows = []
+    for name, (title, stages, models) in compare.METHODS.items():
+        if reports := runs_of("village", name):
+            policies = [report["policy"] for report in reports]
+            garbled, wins = ([p[key] for p in policies] for key in ("garbled", "win_rate"))
+            rows.append([
+                title, str(stages), str(models), f"{reports[0]['labels']:,}",
+                f"{min(report['seconds'] for report in reports):.0f}",
+                spread([p["reward"] for p in policies], ".2f"),
+                spread([p["kl"] for p in policies], ".2f"),
+                f"{statistics.fmean(garbled):.1%}", f"{statistics.fmean(wins):.3f}",
+                spread([p["optimality"] for p in policies], ".1%"), str(len(reports)),
+            ])  # fmt: skip
+    return table(head, rows)
+
+
+def noise():
+    rows = []
+    for name in ("dpo", "ipo", "cdpo", "robust"):
+        found = [runs_of("village", f"{name}_flip_{share}") for share in compare.NOISE]
+        cells = [[report["policy"]["optimality"] for report in reports] for reports in found]
+        cells = [spread(values, ".1%") if values else "" for values in cells]
+        rows.append([compare.METHODS[name][0], *cells])
+    return table(["labels flipped", *(f"{share:.0%}" for share in compare.NOISE)], rows)
+
+
+TABLES = {"default": default, "online": online, "family": family, "noise": noise}
+
+
+def fill(text):
+    """The text with its tables filled anew."""
+    for name, make in TABLES.items():
+        marks = f"<!-- {name} -->", f"<!-- end of {name} -->"
+        pattern = re.compile(f"(?<={re.escape(marks[0])}\n).*?(?={re.escape(marks[1])})", re.S)
+        if pattern.search(text):
+            parts = pattern.split(text)
+            text = "\n".join(["", *make(), "", ""]).join(parts)
+    return text
+
+
+def documents():
+    return [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+
+
+def main():
+    for path in documents():
+        text = path.read_text("utf-8")
+        if (filled := fill(text)) != text:
+            path.write_text(filled, "utf-8")
+            print(f"filled the tables of {path.name}")
+    for folder in sorted(results.RESULTS.iterdir()):
+        for seed, file in results.read(folder.name).items():
+            if stale := [name for name, run in file["runs"].items() if results.is_stale(run)]:
+                print(f"stale: {folder.name}, seed {seed}: {', '.join(stale)}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,82 @@
+"""Results in files, and the tables of README.md and docs/ that are made of them."""
+
+import ast
+import json
+
+import pytest
+
+from experiments import results, tables
+
+FIGURES = {"policy": {"optimality": 0.5}}
+
+
+@pytest.fixture
+def folder(monkeypatch, tmp_path):
+    monkeypatch.setattr(results, "RESULTS", tmp_path)
+    return tmp_path
+
+
+def test_the_tables_are_those_of_the_results():
+    """If this is red: python experiments/tables.py"""
+    for path in tables.documents():
+        text = path.read_text("utf-8")
+        assert tables.fill(text) == text, path
+
+
+def test_a_table_is_filled_between_its_marks(monkeypatch):
+    monkeypatch.setattr(tables, "TABLES", {"one": lambda: ["| 1 |", "|---|"]})
+    filled = tables.fill("Before\n<!-- one -->\n| 0 |\n<!-- end of one -->\nAfter\n")
+    assert filled == "Before\n<!-- one -->\n\n| 1 |\n|---|\n\n<!-- end of one -->\nAfter\n"
+    assert tables.fill(filled) == filled and tables.fill("<!-- two -->") == "<!-- two -->"
+
+
+def test_the_table_of_flipped_labels_by_hand(folder):
+    """Two seeds, 0.5 and 0.7: their mean, and √0.02 as their standard deviation."""
+    for seed, optimality in ((10, 0.5), (9, 0.7)):
+        figures = {"policy": {"optimality": optimality}}
+        results.keep("village", seed, "sft", "robust_flip_0.2", figures)
+    assert "| robust DPO |  | 60.0% ± 14.1% |  |" in tables.noise()
+    assert [*results.read("village")] == [9, 10]
+
+
+def test_a_run_is_kept_and_is_stale_once_its_code_has_changed(folder, monkeypatch):
+    results.keep("village", 0, "sft", "dpo", FIGURES)
+    results.keep("village", 0, "sft", "ipo", FIGURES, ("variants/losses",))
+    runs = results.read("village")[0]["runs"]
+    assert runs["dpo"]["figures"] == FIGURES and runs["dpo"]["code"] != runs["ipo"]["code"]
+    assert not any(map(results.is_stale, runs.values()))
+    monkeypatch.setattr(results, "CORE", results.CORE[1:])
+    assert all(map(results.is_stale, runs.values()))
+
+
+def test_results_of_two_fine_tuned_models_are_not_mixed(folder):
+    results.keep("village", 0, "one", "dpo", FIGURES)
+    with pytest.raises(SystemExit, match="0.json is of another fine-tuned model"):
+        results.keep("village", 0, "another", "ipo", FIGURES)
+    assert [*json.loads((folder / "village" / "0.json").read_text())["runs"]] == ["dpo"]
+
+
+@pytest.mark.parametrize(
+    "other, same",
+    [
+        ('"""Another."""\n\ndef f(x):\n    # why\n    print("y")\n    return x + 1\n', True),
+        ('"""A."""\ndef f(x):\n    "Doc."\n    return x + 1\n', True),
+        ('"""A."""\ndef f(x):\n    return x + 2\n', False),
+        ('"""A."""\ndef f(y):\n    return y + 1\n', False),
+    ],
+)
+def test_what_computes_is_told_from_what_explains(other, same):
+    codes = '"""A."""\ndef f(x):\n    print("x")\n    return x + 1\n', other
+    dumps = [ast.dump(results.Computing().visit(ast.parse(code))) for code in codes]
+    assert (dumps[0] == dumps[1]) == same
+
+
+def test_help_texts_and_refusals_do_not_compute_but_defaults_and_conditions_do():
+    codes = [
+        'a: int = flag(1, "one")\nif a: raise SystemExit("no")',
+        'a: int = flag(1, "1")\nif a: raise SystemExit("never")',
+        'a: int = flag(2, "one")\nif a: raise SystemExit("no")',
+        'a: int = flag(1, "one")\nif not a: raise SystemExit("no")',
+    ]
+    dumps = [ast.dump(results.Computing().visit(ast.parse(code))) for code in codes]
+    assert dumps[0] == dumps[1] and len({*dumps[1:]}) == 3
