@@ -183,7 +183,7 @@ def main():
     start = {"data": (corpus, demos), "start": weight_sums(model)}
     pretraining.attach(model, tokenizer, make_optimizer(model, 0.1), **start)
     # Weight decay would keep the model from being certain of anything, and it would write more
-    # garbled answers. Nothing harms DPO as much (README, "What holds DPO back").
+    # garbled answers. Nothing harms DPO as much (docs/findings.md).
     fine_tuning.attach(model, tokenizer, make_optimizer(model, 0), **start)
     trainings = [fine_tuning] if config.init else [pretraining, fine_tuning]
     if runs.resume(*trainings) is pretraining:  # so it is if nothing is resumed

@@ -46,6 +46,7 @@ class Config(evaluate.Config):
     batch_size: int = flag(64, "pairs in each step")
     lr: float = flag(1.2e-2, "highest rate, of SGD")
     momentum: float = flag(0.9, "momentum of SGD, kept from round to round", zero=True, below=1)
+    max_grad_norm: float = flag(1.0, "longer gradients are cut to this norm")
     resume: bool = flag(False, "go on from the end of the last finished round")
 
 
@@ -109,6 +110,8 @@ def train_rounds(models, optimizer, config, questions, judge, start=0):
             loss.backward()
             found = {"loss": loss.detach()[None]} | pair_metrics(*logps, batch, config)
             found["grad_norm"] = runs.finite_grad_norm(policy, loss)
+            # Without it a single batch can throw the policy far off, and its own pairs with it.
+            torch.nn.utils.clip_grad_norm_(policy.parameters(), config.max_grad_norm)
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
             means = {name: value.mean().item() for name, value in found.items()}
