@@ -50,16 +50,19 @@ def draw(steps, report, path):
     if is_own:
         start, limits = report["start"], {"held-out/loss": math.log(2)}
     else:
-        pairs, best = report["pairs"], report["optimum"]
-        limits = {"rewards/accuracies": pairs["best_accuracy"]}
-        limits |= {"loss": pairs["best_loss"]} if "loss_beta" not in report["config"] else {}
-        limits |= {f"fresh/{name}": best[name] for name in ("reward", "kl")}
+        limits = {f"fresh/{name}": report["optimum"][name] for name in ("reward", "kl")}
+        if pairs := report.get(
+            "pairs"
+        ):  # online DPO has others in each round, and logs their limits
+            limits |= {"rewards/accuracies": pairs["best_accuracy"]}
+            limits |= {"loss": pairs["best_loss"]} if "loss_beta" not in report["config"] else {}
         start = {f"fresh/{name}": report["reference"][name] for name in ("reward", "kl", "garbled")}
     steps = [{"step": 0} | start, *steps]
     panels = {}
     for name in dict.fromkeys(name for line in steps[1:] for name in line):
-        if name not in ("step", "grad_norm", "lr") and not name.endswith("_se"):
-            kind = name if name.endswith("accuracies") else name.split("/")[0]
+        if name not in ("step", "round", "grad_norm", "lr") and not name.endswith("_se"):
+            is_accuracy = name.startswith("rewards/accuracies")
+            kind = "rewards/accuracies" if is_accuracy else name.split("/")[0]
             kind = name if is_own and kind in ("held-out", "fresh") else kind
             panels.setdefault(kind, []).append(name)
     columns, rows = min(5, len(panels)), math.ceil(len(panels) / 5)

@@ -97,6 +97,10 @@ def train_rounds(models, optimizer, config, questions, judge, start=0):
         sampling = dataclasses.replace(config, seed=seed, num_pairs=count)
         texts = sample_pairs(policy, tokenizer, sampling, questions, judge)
         limits = noise_limits(texts, judge)
+        best = {
+            "loss/best": limits["best_loss"],
+            "rewards/accuracies/best": limits["best_accuracy"],
+        }
         pairs = add_reference_logps(reference, tokenizer, texts)
         if not number:
             check_start(policy, pairs, config)
@@ -115,7 +119,7 @@ def train_rounds(models, optimizer, config, questions, judge, start=0):
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
             means = {name: value.mean().item() for name, value in found.items()}
-            yield means | {"lr": lr, "round": number + 1} | limits
+            yield means | {"lr": lr, "round": number + 1} | best
 
 
 def questions_of(judge):
