@@ -53,7 +53,7 @@ def draw(steps, report, path):
         limits = {f"fresh/{name}": report["optimum"][name] for name in ("reward", "kl")}
         if pairs := report.get(
             "pairs"
-        ):  # online DPO has others in each round, and logs their limits
+        ):  # online DPO logs the limits of each round
             limits |= {"rewards/accuracies": pairs["best_accuracy"]}
             limits |= {"loss": pairs["best_loss"]} if "loss_beta" not in report["config"] else {}
         start = {f"fresh/{name}": report["reference"][name] for name in ("reward", "kl", "garbled")}

@@ -7,8 +7,8 @@ PPO is Schulman et al. 2017, arXiv:1707.06347, with advantages by GAE, arXiv:150
 costs β log π_θ/π_ref and the last one earns the reward of the whole text, as in arXiv:1909.08593.
 Departures from usual code, to stay with Eq. 3: losses are sums over a response's tokens, advantages
 are not whitened, there is no discount, and the value loss is not clipped. The reward model sums its
-head over the response's tokens (docs/family.md). A response that was cut off earns the least there is. The
-value head shares the policy's trunk, and trains it too. --dtype reaches the reference alone.
+head over the response's tokens (docs/family.md). A response that was cut off earns the least there
+is. The value head shares the policy's trunk, and trains it too. --dtype reaches the reference alone.
 Writes out/rlhf.pt, .jsonl and .json (ppo_gt.* with --true-reward).
 """
 
