@@ -51,9 +51,7 @@ def draw(steps, report, path):
         start, limits = report["start"], {"held-out/loss": math.log(2)}
     else:
         limits = {f"fresh/{name}": report["optimum"][name] for name in ("reward", "kl")}
-        if pairs := report.get(
-            "pairs"
-        ):  # online DPO logs the limits of each round
+        if pairs := report.get("pairs"):  # online DPO logs the limits of each round
             limits |= {"rewards/accuracies": pairs["best_accuracy"]}
             limits |= {"loss": pairs["best_loss"]} if "loss_beta" not in report["config"] else {}
         start = {f"fresh/{name}": report["reference"][name] for name in ("reward", "kl", "garbled")}

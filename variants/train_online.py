@@ -96,8 +96,11 @@ def train_rounds(models, optimizer, config, questions, judge, start=0):
         seed, count = config.seed + 1000 * number, config.num_pairs // config.rounds
         sampling = dataclasses.replace(config, seed=seed, num_pairs=count)
         texts = sample_pairs(policy, tokenizer, sampling, questions, judge)
-        limits = noise_limits(texts, judge).values()
-        best = dict(zip(("loss/best", "rewards/accuracies/best"), limits))
+        limits = noise_limits(texts, judge)
+        best = {
+            "loss/best": limits["best_loss"],
+            "rewards/accuracies/best": limits["best_accuracy"],
+        }
         pairs = add_reference_logps(reference, tokenizer, texts)
         if not number:
             check_start(policy, pairs, config)

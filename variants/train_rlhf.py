@@ -8,7 +8,7 @@ costs β log π_θ/π_ref and the last one earns the reward of the whole text, a
 Departures from usual code, to stay with Eq. 3: losses are sums over a response's tokens, advantages
 are not whitened, there is no discount, and the value loss is not clipped. The reward model sums its
 head over the response's tokens (docs/family.md). A response that was cut off earns the least there
-is. The value head shares the policy's trunk, and trains it too. --dtype reaches the reference alone.
+is. The value head shares the policy's trunk, and trains it too. --dtype is the reference's alone.
 Writes out/rlhf.pt, .jsonl and .json (ppo_gt.* with --true-reward).
 """
 
