@@ -1,10 +1,12 @@
 """Every method on one ground: the same SFT model, pairs, questions and ruler, seed by seed.
 
-    python experiments/compare.py                            all that is missing or stale
+    python experiments/compare.py                            every method, where figures are missing
     python experiments/compare.py --seeds 1 --only dpo,ipo   one seed, some methods
+    python experiments/compare.py --part rates               DPO at other rates, with other pairs
+    python experiments/compare.py --part noise               with labels that were flipped
     python experiments/tables.py                             then the tables
 
-A run's figures go to experiments/results/STUDY/SEED.json, and it is not repeated while they are
+A run's figures go to experiments/results/GROUND/SEED.json, and it is not repeated while they are
 there and the code that computed them is the same. Seconds are those from the SFT model on:
 sampling, labels, the reference's pass, training.
 """
@@ -70,6 +72,19 @@ SCRIPTS = {  # of those whose figures are a script's own report: its flags, the 
     "online_48k": ([ONLINE, "--rounds=16", "--num-pairs=48000"], "online", 48_000),
     "ai_feedback": ([ONLINE, "--judge=pretrained"], "ai_feedback", 0),
 }
+RATES = {  # what is said of DPO in docs/findings.md: its flags
+    "sgd_2e-3": ["--lr=2e-3"],
+    "sgd_1.8e-2": ["--lr=1.8e-2"],
+    "adamw_3e-5": ["--optimizer=adamw", "--lr=3e-5"],
+    "adamw_1e-4": ["--optimizer=adamw", "--lr=1e-4"],
+    "adamw_3e-4": ["--optimizer=adamw", "--lr=3e-4"],
+    "pairs_3000": ["--num-pairs=3000"],
+    "pairs_6000": ["--num-pairs=6000"],
+    "pairs_12000": ["--num-pairs=12000"],
+    "pairs_48000": ["--num-pairs=48000"],
+    "pairs_6000_x4": ["--num-pairs=6000", "--epochs=4"],
+}
+SCRIPTS |= {name: (["train_dpo.py", *more], "dpo", 24_000) for name, more in RATES.items()}
 # Which files compute a method's figures, besides those that all rest on.
 FILES = dict.fromkeys(train_variant.LOSSES, ("variants/losses", "variants/train_variant"))
 FILES |= dict.fromkeys(("kto", "kto_half"), ("variants/losses", "variants/kto"))
@@ -86,9 +101,9 @@ USE_PAIRS = ["dpo", *train_variant.LOSSES, "kto_half", "sft_chosen", "rlhf"]
 class Config:
     seeds: str = flag("0,1,2", "with commas between them")
     only: str = flag("", "names of methods, with commas between them; else all")
-    noise: bool = flag(False, "also the sweep of flipped labels")
+    part: str = flag("family", "what is compared", ("family", "rates", "noise"))
     out: str = flag("out/compare", "folder for models")
-    study: str = flag("village", "folder of experiments/results")
+    ground: str = flag("village", "folder of experiments/results")
 
 
 class Ground:
@@ -227,11 +242,14 @@ def run_script(ground, name):
     (line, report, labels), folder = SCRIPTS[name], ground.folder.absolute()
     own = [f"--seed={ground.seed}", f"--init={folder}/sft.pt", f"--out={folder}/{name}"]
     subprocess.run([sys.executable, *line, *own], cwd=ROOT, check=True)
+    lines = (folder / name / f"{report}.jsonl").read_text().splitlines()[-50:]
+    last = {n: [json.loads(line)[n] for line in lines] for n in ("loss", "rewards/accuracies")}
     report = json.loads((folder / name / f"{report}.json").read_text())
     seconds = report["seconds"]["preparing"] + report["seconds"]["training"]
     rows = {row: short(report[row]) for row in ("reference", "policy", "optimum")}
     never = {"policy": short(report["never_asked"]["policy"])}
-    return rows | {"never_asked": never, "labels": labels, "seconds": round(seconds, 1)}
+    means = {n: round(sum(values) / len(values), 5) for n, values in last.items()}
+    return rows | means | {"never_asked": never, "labels": labels, "seconds": round(seconds, 1)}
 
 
 def run(ground, name, **settings):
@@ -255,33 +273,41 @@ def run(ground, name, **settings):
     return {"policy": policy, "labels": labels, "seconds": seconds}
 
 
+def jobs_of(part):
+    """{name of a run: (method, settings)}."""
+    if part == "noise":
+        jobs = {}
+        for share in NOISE:
+            smooth = {"label_smoothing": share}
+            for name, own in (("dpo", {}), ("ipo", {}), ("cdpo", smooth), ("robust", smooth)):
+                jobs[f"{name}_flip_{share}"] = name, {"flips": share, **own}
+        return jobs
+    return {name: (name, {}) for name in (RATES if part == "rates" else METHODS)}
+
+
 def main():
     config = flags.read_config(Config, "compare.py")
     if not re.fullmatch(r"\d+(,\d+)*", config.seeds):
         raise SystemExit(f"--seeds: numbers with commas between them, not {config.seeds}")
     seeds = [int(seed) for seed in config.seeds.split(",")]
-    names = config.only.split(",") if config.only else [*METHODS]
-    if unknown := {*names} - {*METHODS}:
-        raise SystemExit(f"--only: no {', '.join(unknown)} among {', '.join(METHODS)}")
+    jobs = jobs_of(config.part)
+    if config.only:
+        if unknown := {*config.only.split(",")} - {*jobs}:
+            raise SystemExit(f"--only: no {', '.join(unknown)} among {', '.join(jobs)}")
+        jobs = {job: jobs[job] for job in config.only.split(",")}
     for seed in seeds:
-        jobs = {name: (name, {}) for name in names}
-        if config.noise:
-            for share in NOISE:
-                smooth = {"label_smoothing": share}
-                for name, own in (("dpo", {}), ("ipo", {}), ("cdpo", smooth), ("robust", smooth)):
-                    jobs[f"{name}_flip_{share}"] = name, {"flips": share, **own}
-        kept = results.read(config.study).get(seed, {"runs": {}})["runs"]
+        kept = results.read(config.ground).get(seed, {"runs": {}})["runs"]
         missing = [job for job in jobs if job not in kept or results.is_stale(kept[job])]
         if missing:
             ground = Ground(seed, config.out)
-            results.read_file(config.study, seed, ground.sft)  # or refuse before any work
+            results.read_file(config.ground, seed, ground.sft)  # or refuse before any work
         for job in tqdm(missing, f"seed {seed}", leave=False, disable=None):
             name, settings = jobs[job]
             try:
                 figures = run(ground, name, **settings)
             except FloatingPointError as error:
                 raise FloatingPointError(f"{job}, seed {seed}: {error}")
-            results.keep(config.study, seed, ground.sft, job, figures, FILES.get(name, ()))
+            results.keep(config.ground, seed, ground.sft, job, figures, FILES.get(name, ()))
             policy = figures["policy"]
             print(f"{job}: optimality {policy['optimality']:.1%} ± {policy['optimality_se']:.1%}")
 

@@ -103,7 +103,24 @@ def noise():
     return table(["labels flipped", *(f"{share:.0%}" for share in compare.NOISE)], rows)
 
 
-TABLES = {"default": default, "online": online, "family": family, "noise": noise}
+def rates():
+    """What the pairs show, the last 50 steps, beside what fresh samples show."""
+    head = ["run", "loss", "accuracy", "garbled", "E[r]", "KL", "optimality", "worst", "seeds"]
+    titles = {"dpo": "the default: SGD 6e-3, 24,000 pairs"} | {n: n for n in compare.RATES}
+    rows = []
+    for name, title in titles.items():
+        if reports := runs_of("village", name):
+            policies = [report["policy"] for report in reports]
+            cells = [spread([r[n] for r in reports], ".3f") for n in ("loss", "rewards/accuracies")]
+            cells += [spread([p["garbled"] for p in policies], ".1%")]
+            cells += [spread([p[n] for p in policies], ".2f") for n in ("reward", "kl")]
+            reached = [policy["optimality"] for policy in policies]
+            cells += [spread(reached, ".1%"), f"{min(reached):.1%}", str(len(reports))]
+            rows.append([title, *cells])
+    return table(head, rows)
+
+
+TABLES = {"default": default, "online": online, "family": family, "noise": noise, "rates": rates}
 
 
 def fill(text):
