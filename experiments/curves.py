@@ -59,8 +59,8 @@ def draw(steps, report, path):
     panels = {}
     for name in dict.fromkeys(name for line in steps[1:] for name in line):
         if name not in ("step", "round", "grad_norm", "lr") and not name.endswith("_se"):
-            is_accuracy = name.startswith("rewards/accuracies")
-            kind = "rewards/accuracies" if is_accuracy else name.split("/")[0]
+            kind = name if name.endswith("accuracies") else name.split("/")[0]
+            kind = {"best_loss": "loss", "best_accuracy": "rewards/accuracies"}.get(name, kind)
             kind = name if is_own and kind in ("held-out", "fresh") else kind
             panels.setdefault(kind, []).append(name)
     columns, rows = min(5, len(panels)), math.ceil(len(panels) / 5)

@@ -57,7 +57,8 @@ class Best:
                 self.weights[name] = weights.clone()  # in place of the last one, which is freed
         if not self.step and self.worse_since == 3:
             tqdm.write(
-                "three measurements, and no held-out loss is below that before the first step"
+                "three measurements, and no held-out loss is below that before the first step: "
+                "a lower --lr may help"
             )
 
     def take(self, model, name, steps):

@@ -3,25 +3,22 @@
     python variants/train_online.py                     labelled by the village's true reward
     python variants/train_online.py --judge pretrained  labelled by a constitution: AI feedback
 
-Offline, all pairs come from the reference, and a garbled text that the policy begins to write is in
-none of them. Here each round samples two responses to a prompt from the policy as it is, has them
-labelled, and takes one pass over these pairs; a garbled text turns up in them and loses. This is
-iterative DPO (Xiong et al. 2023, arXiv:2312.11456), and with a step for each round online DPO (Guo
-et al. 2024, arXiv:2402.04792). One schedule of the learning rate spans all rounds.
+Each round samples two responses to a prompt from the policy as it is, has them labelled, and takes
+one pass over these pairs: a garbled text that it has begun to write turns up in them and loses.
+This is iterative DPO (Xiong et al. 2023, arXiv:2312.11456), and with one step a round online DPO
+(Guo et al. 2024, arXiv:2402.04792). One schedule of the learning rate spans all rounds.
 
---judge pretrained reads no true reward: of two responses it prefers the one that keeps the two
-principles below better, as in the second half of Constitutional AI (Bai et al. 2022,
-arXiv:2212.08073). Its labels cost nothing, so it also asks about facts of which no annotator asked,
-in other words than the evaluation does.
+--judge pretrained reads no true reward: it prefers the response that keeps two principles better,
+as in the second half of Constitutional AI (Bai et al. 2022, arXiv:2212.08073). Its labels cost
+nothing, so it also asks, in other words than the evaluation, about facts that nobody asked for.
 Writes out/online.pt, .jsonl and .json (ai_feedback.* with --judge pretrained).
 """
 
 import copy
-import dataclasses
 import itertools
 import math
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -45,7 +42,6 @@ class Config(evaluate.Config):
     num_pairs: int = flag(24_000, "pairs to sample in all rounds together")
     batch_size: int = flag(64, "pairs in each step")
     lr: float = flag(1.2e-2, "highest rate, of SGD")
-    momentum: float = flag(0.9, "momentum of SGD, kept from round to round", zero=True, below=1)
     max_grad_norm: float = flag(1.0, "longer gradients are cut to this norm")
     resume: bool = flag(False, "go on from the end of the last finished round")
 
@@ -81,8 +77,18 @@ def constitution(pretrained, tokenizer):
     return judge
 
 
+def knowledge(judge):
+    """For how many of the facts a judge prefers the true answer to all others -> their share."""
+    right = []
+    for question in {fact: question for question, fact in village.QUESTIONS.items()}.values():
+        sides = {f" {answer}": side for answer, side in village.answers(question).items()}
+        true, *wrong = sorted(sides, key=sides.get, reverse=True)
+        p = judge([question] * len(wrong), [true] * len(wrong), wrong)
+        right.append(bool((p > 0.5).all()))
+    return sum(right) / len(right)
+
+
 def count_steps(config):
-    """-> the steps of one round."""
     return math.ceil(config.num_pairs / config.rounds / config.batch_size)
 
 
@@ -94,13 +100,9 @@ def train_rounds(models, optimizer, config, questions, judge, start=0):
     rates = data.learning_rates(config.lr, config.rounds * steps)
     for number in range(start // steps, config.rounds):
         seed, count = config.seed + 1000 * number, config.num_pairs // config.rounds
-        sampling = dataclasses.replace(config, seed=seed, num_pairs=count)
+        sampling = replace(config, seed=seed, num_pairs=count)
         texts = sample_pairs(policy, tokenizer, sampling, questions, judge)
         limits = noise_limits(texts, judge)
-        best = {
-            "loss/best": limits["best_loss"],
-            "rewards/accuracies/best": limits["best_accuracy"],
-        }
         pairs = add_reference_logps(reference, tokenizer, texts)
         if not number:
             check_start(policy, pairs, config)
@@ -112,27 +114,29 @@ def train_rounds(models, optimizer, config, questions, judge, start=0):
             logps = response_logps(policy, batch.chosen + batch.rejected).chunk(2)  # (B,) each
             loss = pair_losses(*logps, batch, config).mean()
             loss.backward()
-            found = {"loss": loss.detach()[None]} | pair_metrics(*logps, batch, config)
+            found = {"loss": loss.detach()} | pair_metrics(*logps, batch, config)
             found["grad_norm"] = runs.finite_grad_norm(policy, loss)
             # Without it a single batch can throw the policy far off, and its own pairs with it.
             torch.nn.utils.clip_grad_norm_(policy.parameters(), config.max_grad_norm)
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
             means = {name: value.mean().item() for name, value in found.items()}
-            yield means | {"lr": lr, "round": number + 1} | best
+            yield means | {"lr": lr, "round": number + 1} | limits
 
 
 def questions_of(judge):
-    """An annotator's questions; a judge whose labels cost nothing also gets those on the facts that
-    no annotator asked for, except for the very questions of the evaluation."""
+    """An annotator's questions; a judge whose labels cost nothing also gets, thrice as often, those
+    on the facts that no annotator asked for, but not the very questions of the evaluation."""
     train, _, never = village.split_questions()
     facts = {village.QUESTIONS[question] for question in never}
     others = [q for q, fact in village.QUESTIONS.items() if fact in facts and q not in never]
-    return train + others * (judge == "pretrained")
+    return train + 3 * others * (judge == "pretrained")
 
 
 def main():
     config = flags.read_config(Config, "train_online.py")
+    if config.rounds > config.num_pairs:
+        raise SystemExit(f"--rounds {config.rounds} are more than --num-pairs {config.num_pairs}")
     run = runs.Run("online" if config.judge == "village" else "ai_feedback", config)
     policy, tokenizer = runs.load_policy(config)
     reference = copy.deepcopy(policy).requires_grad_(False)
@@ -140,12 +144,13 @@ def main():
     if config.judge == "pretrained":
         beside = Path(config.init or f"{config.out}/sft.pt").with_name("pretrained.pt")
         judge = constitution(runs.load_checkpoint(beside, policy.wte.weight.device)[0], tokenizer)
-    optimizer = torch.optim.SGD(policy.parameters(), config.lr, config.momentum)
-    count, weights = config.num_pairs, weight_sums(reference)
-    run.attach(policy, tokenizer, optimizer, num_pairs=count, reference=weights)
+        print(f"the judge knows {knowledge(judge):.0%} of the facts")
+    optimizer = torch.optim.SGD(policy.parameters(), config.lr, momentum=0.9)
+    parts = {"num_pairs": config.num_pairs, "reference": weight_sums(reference)}
+    run.attach(policy, tokenizer, optimizer, **parts)
     runs.resume(run)
-    models, questions = (policy, reference, tokenizer), questions_of(config.judge)
-    training = train_rounds(models, optimizer, config, questions, judge, run.step)
+    models, asked = (policy, reference, tokenizer), questions_of(config.judge)
+    training = train_rounds(models, optimizer, config, asked, judge, run.step)
     for metrics in run.track(training, config.rounds * count_steps(config), config.rounds):
         run.log(metrics, source.probe)  # measures, and saves the policy, at the end of each round
     run.finish(source.report())
