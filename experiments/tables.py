@@ -144,7 +144,7 @@ def main():
         if (filled := fill(text)) != text:
             path.write_text(filled, "utf-8")
             print(f"filled the tables of {path.name}")
-    for folder in sorted(results.RESULTS.iterdir()):
+    for folder in sorted(results.RESULTS.glob("*")):
         for seed, file in results.read(folder.name).items():
             if stale := [name for name, run in file["runs"].items() if results.is_stale(run)]:
                 print(f"stale: {folder.name}, seed {seed}: {', '.join(stale)}")
