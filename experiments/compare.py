@@ -39,6 +39,7 @@ from variants import reward_model, train_grpo, train_rlhf, train_selfplay, train
 
 ROOT = Path(__file__).parent.parent
 NOISE = 0.1, 0.2, 0.3
+EVAL_SAMPLES = 40  # a question: twice what a single run takes
 BEST_OF = 16
 
 # name: (what the table calls it, stages after pretraining, models held in training)
@@ -241,6 +242,7 @@ def run_script(ground, name):
     """-> figures from the report of a method's own script."""
     (line, report, labels), folder = SCRIPTS[name], ground.folder.absolute()
     own = [f"--seed={ground.seed}", f"--init={folder}/sft.pt", f"--out={folder}/{name}"]
+    own += [f"--eval-samples={EVAL_SAMPLES}"]
     subprocess.run([sys.executable, *line, *own], cwd=ROOT, check=True)
     lines = (folder / name / f"{report}.jsonl").read_text().splitlines()[-50:]
     last = {n: [json.loads(line)[n] for line in lines] for n in ("loss", "rewards/accuracies")}
@@ -256,7 +258,8 @@ def run(ground, name, **settings):
     """One method at one seed -> its figures."""
     if name in SCRIPTS and not settings:
         return run_script(ground, name)
-    config = ground.config(train_dpo.Config)  # of the measurement, whose β is one for all
+    # Of the measurement, whose β is one for all.
+    config = ground.config(train_dpo.Config, eval_samples=EVAL_SAMPLES)
     if name == "best_of_n":
         rows, labels, seconds = best_of_n(ground.exact, BEST_OF, config.beta), BEST_OF, 0
     else:

@@ -278,7 +278,7 @@ def toy_ground(toy_sft, monkeypatch, tmp_path):
     def config(ground, cls, **settings):
         names = {field.name for field in dataclasses.fields(cls)}
         toy = {name: size for name, size in sizes.items() if name in names}
-        return cls(seed=ground.seed, out=str(ground.folder), **toy | settings)
+        return cls(seed=ground.seed, out=str(ground.folder), **settings | toy)
 
     monkeypatch.setattr(compare.Ground, "config", config)
     monkeypatch.setattr(results, "RESULTS", tmp_path / "results")
