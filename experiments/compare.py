@@ -64,14 +64,18 @@ METHODS |= {
     "best_of_n": (f"best of {BEST_OF}, by the true reward", 1, 1),
     "online": ("online DPO, 8 rounds", 2, 2),
     "online_48k": ("online DPO, 16 rounds", 2, 2),
-    "ai_feedback": ("AI feedback, 8 rounds", 2, 3),
+    "ai_feedback": ("AI feedback, 16 rounds", 2, 3),
 }
 ONLINE = "variants/train_online.py"
 SCRIPTS = {  # of those whose figures are a script's own report: its flags, the report, labels
     "dpo": (["train_dpo.py"], "dpo", 24_000),
     "online": ([ONLINE], "online", 24_000),
     "online_48k": ([ONLINE, "--rounds=16", "--num-pairs=48000"], "online", 48_000),
-    "ai_feedback": ([ONLINE, "--judge=pretrained"], "ai_feedback", 0),
+    "ai_feedback": (
+        [ONLINE, "--judge=pretrained", "--rounds=16", "--num-pairs=48000"],
+        "ai_feedback",
+        0,
+    ),
 }
 RATES = {  # what is said of DPO in docs/findings.md: its flags
     "sgd_2e-3": ["--lr=2e-3"],

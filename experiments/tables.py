@@ -47,7 +47,7 @@ ONLINE = {
     "dpo": ("DPO", "24,000"),
     "online": ("online DPO", "24,000"),
     "online_48k": ("online DPO, 16 rounds", "48,000"),
-    "ai_feedback": ("AI feedback", "0"),
+    "ai_feedback": ("AI feedback, 16 rounds", "0 (48,000 of the judge)"),
 }
 
 

@@ -125,12 +125,12 @@ def train_rounds(models, optimizer, config, questions, judge, start=0):
 
 
 def questions_of(judge):
-    """An annotator's questions; a judge whose labels cost nothing also gets, thrice as often, those
+    """An annotator's questions; a judge whose labels cost nothing also gets, twice as often, those
     on the facts that no annotator asked for, but not the very questions of the evaluation."""
     train, _, never = village.split_questions()
     facts = {village.QUESTIONS[question] for question in never}
     others = [q for q, fact in village.QUESTIONS.items() if fact in facts and q not in never]
-    return train + 3 * others * (judge == "pretrained")
+    return train + 2 * others * (judge == "pretrained")
 
 
 def main():

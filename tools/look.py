@@ -1,0 +1,119 @@
+"""Where the implicit reward sits, token by token: "your language model is secretly a reward model".
+
+    python tools/look.py out "What is the job of Mara?"                  a sample of each model
+    python tools/look.py out "What is the job of Mara?" " Mara is a smith." " Who cares?"
+    python tools/look.py out "What is the job of Mara?" --likeliest      the village's best known
+
+OUT is the folder of a finished run: OUT/sft.pt is the reference, OUT/dpo.pt the policy (--reference
+and --policy take others). Below each token stands its share of the implicit reward, β (log π_θ −
+log π_ref); their sum is r̂, Eq. 5 without β log Z(x), and the difference of two sums is what Eq. 6
+makes a probability of. The darker a token, the more it counts: blue for, orange against.
+--likeliest: ten responses with their probabilities under reference, policy and Eq. 4's optimum.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).parent.parent))  # run from anywhere
+import data
+import dpo
+from lab import evaluate, runs, village
+
+BLUE, ORANGE = (0, 114, 178), (213, 94, 0)  # told apart by the colour-blind
+
+
+def shares(models, tokenizer, prompt, response, beta):
+    """-> the response's tokens as texts, and β (log π_θ − log π_ref) of each (T,)."""
+    ids, mask = data.collate([data.encode(tokenizer, prompt, response)])
+    with torch.no_grad():
+        policy_logps, ref_logps = (dpo.token_logps(model(ids), ids, mask) for model in models)
+    scored = mask[0, 1:]
+    words = [repr(tokenizer.decode([i]))[1:-1] for i in ids[0, 1:][scored].tolist()]
+    return words, beta * (policy_logps - ref_logps)[0, scored]
+
+
+def tint(value):
+    """The colour of a share: from white at 0 to full blue or orange at 2 nats."""
+    strength, end = min(1, abs(value) / 2), BLUE if value > 0 else ORANGE
+    return tuple(round(255 + strength * (c - 255)) for c in end)
+
+
+def paint(words, values, in_colour):
+    """Two lines, tokens above and their shares below, of 100 columns at most, again and again."""
+    rows, row, width = [], [], 0
+    for word, value in zip(words, values):
+        size = max(len(word), 5) + 1
+        if width + size > 98:
+            rows, row, width = [*rows, row], [], 0
+        row, width = [*row, (word, value, size)], width + size
+    lines = []
+    for line in [*rows, row]:
+        above, below = "", ""
+        for word, value, size in line:
+            red, green, blue = tint(value)
+            ink = f"\033[38;5;16;48;2;{red};{green};{blue}m{word}\033[0m" if in_colour else word
+            above += ink + " " * (size - len(word))
+            below += f"{value:+.2f}".ljust(size)
+        lines += [above, below]
+    return lines
+
+
+def likeliest(models, tokenizer, question, beta):
+    """The ten responses to a village question that the reference finds likeliest."""
+    logps, rewards = evaluate.exact_distribution(models[1], tokenizer, [question])
+    policy, _ = evaluate.exact_distribution(models[0], tokenizer, [question])
+    best, _ = dpo.optimal_logps(logps, rewards, beta)
+    texts = [*village.responses(question), " (all garbled texts together)"]
+    print("reference   policy  optimum  reward")
+    for i in logps[0].argsort(descending=True)[:10].tolist():
+        p = [f"{x[0, i].exp():8.2%}" for x in (logps, policy, best)]
+        print(f" {' '.join(p)}  {rewards[0, i]:+6g} {texts[i]}")
+
+
+def read_arguments():
+    parser = argparse.ArgumentParser(prog="look.py", allow_abbrev=False)
+    for name, more in (("out", {}), ("prompt", {}), ("responses", {"nargs": "*"})):
+        parser.add_argument(name, **more)
+    parser.add_argument("--reference", help="in place of OUT/sft.pt")
+    parser.add_argument("--policy", help="in place of OUT/dpo.pt")
+    parser.add_argument("--beta", type=float, default=0.5)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--likeliest", action="store_true")
+    return parser.parse_args()
+
+
+def main():
+    options = read_arguments()
+    paths = options.policy or f"{options.out}/dpo.pt", options.reference or f"{options.out}/sft.pt"
+    (policy, tokenizer), (reference, _) = map(runs.load_checkpoint, paths)
+    models, prompt = (policy, reference), options.prompt
+    is_village, responses = prompt in village.QUESTIONS, options.responses
+    if options.likeliest:
+        if not is_village:
+            raise SystemExit("--likeliest is for the village's questions: python lab/village.py")
+        return likeliest(models, tokenizer, prompt, options.beta)
+    if policy.learnt.get("conversations"):
+        (prompt,) = data.apply_template([{"role": "user", "content": prompt}])
+    if not responses:
+        limit, ids = policy.learnt.get("answer_tokens", 24), tokenizer.encode_ordinary(prompt)
+        for model in (reference, policy):
+            generator = torch.Generator().manual_seed(options.seed)
+            (reply,) = model.generate([ids], tokenizer.eot_token, limit, generator=generator)
+            responses.append(tokenizer.decode([i for i in reply if i != tokenizer.eot_token]))
+    sums = []
+    for text in responses:
+        words, values = shares(models, tokenizer, prompt, text, options.beta)
+        sums.append(values.sum())
+        print(*paint(words, values.tolist(), sys.stdout.isatty()), sep="\n")
+        true = f", true reward {village.reward(prompt, text):+g}" if is_village else ""
+        print(f"r̂ = {sums[-1]:+.2f}{true}\n")
+    for i in range(1, len(sums)):
+        p = dpo.preference_probability(sums[i], sums[0])
+        print(f"Eq. 6: response {i + 1} is preferred to the first with probability {p:.3f}")
+
+
+if __name__ == "__main__":
+    main()
