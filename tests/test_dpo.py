@@ -1,4 +1,8 @@
-"""The mathematics of dpo.py against hand-worked numbers, enumeration, loops and autograd."""
+"""The mathematics of dpo.py against hand-worked numbers, enumeration, loops and autograd.
+
+In the order of the work: who empties token_logps, sequence_logps and dpo_loss and writes them again
+turns these tests green from top to bottom.
+"""
 
 import itertools
 import math
@@ -14,6 +18,106 @@ from model import GPT, GPTConfig
 
 def random_logits(*shape, seed=0, dtype=torch.float64):
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=dtype)
+
+
+# --- sequence_logps -----------------------------------------------------------------------------
+
+
+def loop_logps(logits, ids, mask):
+    """The definition, token by token: log p of each scored one under the position before it."""
+    totals = []
+    for row_logits, row_ids, row_mask in zip(logits, ids.tolist(), mask.tolist()):
+        total = 0.0
+        for t in range(1, len(row_ids)):
+            if row_mask[t]:
+                p = [math.exp(x) for x in row_logits[t - 1].tolist()]
+                total += math.log(p[row_ids[t]] / sum(p))
+        totals.append(total)
+    return totals
+
+
+def example_batch():
+    ids = torch.tensor([[1, 2, 3, 4, 0], [4, 3, 0, 9, 9], [2, 1, 1, 0, 9]])
+    mask = torch.tensor([[0, 0, 1, 1, 1], [0, 1, 1, 0, 0], [0, 1, 1, 1, 0]], dtype=torch.bool)
+    return random_logits(3, 5, 10), ids, mask
+
+
+def test_sequence_logps_equals_a_loop_over_tokens():
+    logits, ids, mask = example_batch()
+    assert dpo.sequence_logps(logits, ids, mask).tolist() == pytest.approx(
+        loop_logps(logits, ids, mask)
+    )
+
+
+def test_sequence_logps_by_hand():
+    """Uniform logits over 10 tokens: a sum of three tokens is −3 ln 10, not a mean of −ln 10."""
+    logps = dpo.sequence_logps(torch.zeros(3, 5, 10), *example_batch()[1:])
+    assert logps.tolist() == pytest.approx(
+        [-3 * math.log(10), -2 * math.log(10), -3 * math.log(10)]
+    )
+
+
+def test_padding_its_id_and_companions_change_nothing():
+    torch.manual_seed(0)
+    model = GPT(GPTConfig(vocab_size=10, block_size=16, n_layer=2, n_head=2, n_embd=8)).double()
+    short, long = (
+        ([1, 2, 3, 0], [False, False, True, True]),
+        ([5, 6, 7, 8, 4, 0], [False] + [True] * 5),
+    )
+
+    def logps(examples, pad):
+        ids, mask = collate(examples)
+        last = torch.tensor([[len(row)] for row, _ in examples])
+        ids = torch.where(torch.arange(ids.shape[1]) < last, ids, pad)
+        return dpo.sequence_logps(model(ids), ids, mask)
+
+    alone = logps([short], 0)
+    for pad in (0, 3, 9):
+        torch.testing.assert_close(logps([long, short], pad)[1:], alone)
+
+
+def test_the_prompt_is_never_scored_and_end_of_text_once():
+    logits, ids, mask = example_batch()
+    moved = logits.clone()
+    moved[0, 0] += torch.arange(10)  # what predicts the prompt's second token
+    moved[0, 4] += torch.arange(10)  # what would come after end-of-text
+    moved[1, 2:] += torch.arange(10)
+    torch.testing.assert_close(
+        dpo.sequence_logps(moved, ids, mask), dpo.sequence_logps(logits, ids, mask)
+    )
+    moved[0, 3] += torch.arange(10) / 10  # what predicts end-of-text, id 0
+    before, after = (dpo.sequence_logps(x, ids, mask)[0] for x in (logits, moved))
+    change = (F.log_softmax(moved[0, 3], -1) - F.log_softmax(logits[0, 3], -1))[0]
+    torch.testing.assert_close(after - before, change)
+
+
+def test_bfloat16_logits_are_summed_in_float32():
+    logits, ids, mask = example_batch()
+    logits = logits.bfloat16()
+    logps = dpo.sequence_logps(logits, ids, mask)
+    assert logps.dtype == torch.float32
+    assert logps.tolist() == pytest.approx(loop_logps(logits.double(), ids, mask), rel=1e-6)
+
+
+def test_probabilities_of_all_completions_sum_to_one():
+    """With a causal model of three tokens: every text ended by end-of-text within four tokens, and
+    every one cut off there. A missing shift, a mean or an unscored end would not sum to one."""
+    torch.manual_seed(0)
+    model = GPT(GPTConfig(vocab_size=3, block_size=8, n_layer=1, n_head=1, n_embd=8)).double()
+    end, limit, prompt = 0, 4, [1, 2]
+    completions = [
+        [*words, end] for n in range(limit) for words in itertools.product((1, 2), repeat=n)
+    ] + [[*words] for words in itertools.product((1, 2), repeat=limit)]
+    examples = [(prompt + c, [False, False] + [True] * len(c)) for c in completions]
+    ids, mask = collate(examples)
+    total = dpo.sequence_logps(model(ids), ids, mask).exp().sum()
+    assert total.item() == pytest.approx(1, abs=1e-12)
+
+
+@pytest.mark.parametrize("mask", [torch.ones(2, 3), torch.ones(2, 4, dtype=torch.bool)])
+def test_a_mask_that_is_not_bool_or_of_another_shape_is_refused(mask):
+    with pytest.raises(AssertionError):
+        dpo.token_logps(torch.zeros(2, 3, 5), torch.zeros(2, 3, dtype=torch.int64), mask)
 
 
 # --- Eq. 7 --------------------------------------------------------------------------------------
@@ -197,103 +301,3 @@ def test_minimising_the_population_loss_arrives_at_the_optimum(shift):
     optimizer.step(population_loss)
     expected, _ = loop_optimum(ref_logps, rewards, beta)
     assert F.softmax(theta, -1).tolist() == pytest.approx(expected, abs=1e-6)
-
-
-# --- sequence_logps -----------------------------------------------------------------------------
-
-
-def loop_logps(logits, ids, mask):
-    """The definition, token by token: log p of each scored one under the position before it."""
-    totals = []
-    for row_logits, row_ids, row_mask in zip(logits, ids.tolist(), mask.tolist()):
-        total = 0.0
-        for t in range(1, len(row_ids)):
-            if row_mask[t]:
-                p = [math.exp(x) for x in row_logits[t - 1].tolist()]
-                total += math.log(p[row_ids[t]] / sum(p))
-        totals.append(total)
-    return totals
-
-
-def example_batch():
-    ids = torch.tensor([[1, 2, 3, 4, 0], [4, 3, 0, 9, 9], [2, 1, 1, 0, 9]])
-    mask = torch.tensor([[0, 0, 1, 1, 1], [0, 1, 1, 0, 0], [0, 1, 1, 1, 0]], dtype=torch.bool)
-    return random_logits(3, 5, 10), ids, mask
-
-
-def test_sequence_logps_equals_a_loop_over_tokens():
-    logits, ids, mask = example_batch()
-    assert dpo.sequence_logps(logits, ids, mask).tolist() == pytest.approx(
-        loop_logps(logits, ids, mask)
-    )
-
-
-def test_sequence_logps_by_hand():
-    """Uniform logits over 10 tokens: a sum of three tokens is −3 ln 10, not a mean of −ln 10."""
-    logps = dpo.sequence_logps(torch.zeros(3, 5, 10), *example_batch()[1:])
-    assert logps.tolist() == pytest.approx(
-        [-3 * math.log(10), -2 * math.log(10), -3 * math.log(10)]
-    )
-
-
-def test_padding_its_id_and_companions_change_nothing():
-    torch.manual_seed(0)
-    model = GPT(GPTConfig(vocab_size=10, block_size=16, n_layer=2, n_head=2, n_embd=8)).double()
-    short, long = (
-        ([1, 2, 3, 0], [False, False, True, True]),
-        ([5, 6, 7, 8, 4, 0], [False] + [True] * 5),
-    )
-
-    def logps(examples, pad):
-        ids, mask = collate(examples)
-        last = torch.tensor([[len(row)] for row, _ in examples])
-        ids = torch.where(torch.arange(ids.shape[1]) < last, ids, pad)
-        return dpo.sequence_logps(model(ids), ids, mask)
-
-    alone = logps([short], 0)
-    for pad in (0, 3, 9):
-        torch.testing.assert_close(logps([long, short], pad)[1:], alone)
-
-
-def test_the_prompt_is_never_scored_and_end_of_text_once():
-    logits, ids, mask = example_batch()
-    moved = logits.clone()
-    moved[0, 0] += torch.arange(10)  # what predicts the prompt's second token
-    moved[0, 4] += torch.arange(10)  # what would come after end-of-text
-    moved[1, 2:] += torch.arange(10)
-    torch.testing.assert_close(
-        dpo.sequence_logps(moved, ids, mask), dpo.sequence_logps(logits, ids, mask)
-    )
-    moved[0, 3] += torch.arange(10) / 10  # what predicts end-of-text, id 0
-    before, after = (dpo.sequence_logps(x, ids, mask)[0] for x in (logits, moved))
-    change = (F.log_softmax(moved[0, 3], -1) - F.log_softmax(logits[0, 3], -1))[0]
-    torch.testing.assert_close(after - before, change)
-
-
-def test_bfloat16_logits_are_summed_in_float32():
-    logits, ids, mask = example_batch()
-    logits = logits.bfloat16()
-    logps = dpo.sequence_logps(logits, ids, mask)
-    assert logps.dtype == torch.float32
-    assert logps.tolist() == pytest.approx(loop_logps(logits.double(), ids, mask), rel=1e-6)
-
-
-def test_probabilities_of_all_completions_sum_to_one():
-    """With a causal model of three tokens: every text ended by end-of-text within four tokens, and
-    every one cut off there. A missing shift, a mean or an unscored end would not sum to one."""
-    torch.manual_seed(0)
-    model = GPT(GPTConfig(vocab_size=3, block_size=8, n_layer=1, n_head=1, n_embd=8)).double()
-    end, limit, prompt = 0, 4, [1, 2]
-    completions = [
-        [*words, end] for n in range(limit) for words in itertools.product((1, 2), repeat=n)
-    ] + [[*words] for words in itertools.product((1, 2), repeat=limit)]
-    examples = [(prompt + c, [False, False] + [True] * len(c)) for c in completions]
-    ids, mask = collate(examples)
-    total = dpo.sequence_logps(model(ids), ids, mask).exp().sum()
-    assert total.item() == pytest.approx(1, abs=1e-12)
-
-
-@pytest.mark.parametrize("mask", [torch.ones(2, 3), torch.ones(2, 4, dtype=torch.bool)])
-def test_a_mask_that_is_not_bool_or_of_another_shape_is_refused(mask):
-    with pytest.raises(AssertionError):
-        dpo.token_logps(torch.zeros(2, 3, 5), torch.zeros(2, 3, dtype=torch.int64), mask)
