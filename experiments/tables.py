@@ -134,6 +134,18 @@ def fill(text):
     return text
 
 
+def count_lines(text):
+    """The text with the second column of its table of files counted anew."""
+
+    def row(found):
+        path = ROOT / found[1]
+        files = [path] if path.is_file() else path.glob("*.py")
+        count = sum(len(file.read_text("utf-8").splitlines()) for file in files)
+        return f"| `{found[1]}` | {count:,} |"
+
+    return re.sub(r"\| `([\w/]+(?:\.py|/))` \| [\d,]+ \|", row, text)
+
+
 def documents():
     return [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 
@@ -141,7 +153,7 @@ def documents():
 def main():
     for path in documents():
         text = path.read_text("utf-8")
-        if (filled := fill(text)) != text:
+        if (filled := count_lines(fill(text))) != text:
             path.write_text(filled, "utf-8")
             print(f"filled the tables of {path.name}")
     for folder in sorted(results.RESULTS.glob("*")):
