@@ -143,7 +143,7 @@ def count_lines(text):
         count = sum(len(file.read_text("utf-8").splitlines()) for file in files)
         return f"| `{found[1]}` | {count:,} |"
 
-    return re.sub(r"\| `([\w/]+(?:\.py|/))` \| [\d,]+ \|", row, text)
+    return re.sub(r"^\| `([\w/]+(?:\.py|/))` \| [\d,]+ \|", row, text, flags=re.M)
 
 
 def documents():

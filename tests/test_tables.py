@@ -80,3 +80,11 @@ def test_help_texts_and_refusals_do_not_compute_but_defaults_and_conditions_do()
     ]
     dumps = [ast.dump(results.Computing().visit(ast.parse(code))) for code in codes]
     assert dumps[0] == dumps[1] and len({*dumps[1:]}) == 3
+
+
+def test_only_the_table_of_files_is_counted():
+    count = len((tables.ROOT / "dpo.py").read_text("utf-8").splitlines())
+    text = "| `dpo.py` | 1 | maths |\n| a method | `dpo.py` | 1 | 2 |\n"
+    assert tables.count_lines(text) == text.replace(
+        "| `dpo.py` | 1 | m", f"| `dpo.py` | {count} | m"
+    )
