@@ -4,10 +4,9 @@
     python tools/look.py out "What is the job of Mara?" " Mara is a smith." " Who cares?"
     python tools/look.py out "What is the job of Mara?" --likeliest      the village's best known
 
-OUT is the folder of a finished run: OUT/sft.pt is the reference, OUT/dpo.pt the policy (--reference
-and --policy take others). Below each token stands its share of the implicit reward, β (log π_θ −
-log π_ref); their sum is r̂, Eq. 5 without β log Z(x), and the difference of two sums is what Eq. 6
-makes a probability of. The darker a token, the more it counts: blue for, orange against.
+OUT/sft.pt is the reference and OUT/dpo.pt the policy. Below each token stands its share of the
+implicit reward, β (log π_θ − log π_ref). Their sum is r̂, Eq. 5 without β log Z(x), and of two sums
+Eq. 6 makes a probability. The darker a token, the more it counts: blue for, orange against.
 --likeliest: ten responses with their probabilities under reference, policy and Eq. 4's optimum.
 """
 
@@ -43,22 +42,17 @@ def tint(value):
 
 def paint(words, values, in_colour):
     """Two lines, tokens above and their shares below, of 100 columns at most, again and again."""
-    rows, row, width = [], [], 0
+    lines, width = [["", ""]], 0
     for word, value in zip(words, values):
         size = max(len(word), 5) + 1
         if width + size > 98:
-            rows, row, width = [*rows, row], [], 0
-        row, width = [*row, (word, value, size)], width + size
-    lines = []
-    for line in [*rows, row]:
-        above, below = "", ""
-        for word, value, size in line:
-            red, green, blue = tint(value)
-            ink = f"\033[38;5;16;48;2;{red};{green};{blue}m{word}\033[0m" if in_colour else word
-            above += ink + " " * (size - len(word))
-            below += f"{value:+.2f}".ljust(size)
-        lines += [above, below]
-    return lines
+            lines, width = [*lines, ["", ""]], 0
+        red, green, blue = tint(value)
+        ink = f"\033[38;5;16;48;2;{red};{green};{blue}m{word}\033[0m" if in_colour else word
+        lines[-1][0] += ink + " " * (size - len(word))
+        lines[-1][1] += f"{value:+.2f}".ljust(size)
+        width += size
+    return [line for pair in lines for line in pair]
 
 
 def likeliest(models, tokenizer, question, beta):
@@ -75,8 +69,9 @@ def likeliest(models, tokenizer, question, beta):
 
 def read_arguments():
     parser = argparse.ArgumentParser(prog="look.py", allow_abbrev=False)
-    for name, more in (("out", {}), ("prompt", {}), ("responses", {"nargs": "*"})):
-        parser.add_argument(name, **more)
+    parser.add_argument("out")
+    parser.add_argument("prompt")
+    parser.add_argument("responses", nargs="*")
     parser.add_argument("--reference", help="in place of OUT/sft.pt")
     parser.add_argument("--policy", help="in place of OUT/dpo.pt")
     parser.add_argument("--beta", type=float, default=0.5)
@@ -88,9 +83,11 @@ def read_arguments():
 def main():
     options = read_arguments()
     paths = options.policy or f"{options.out}/dpo.pt", options.reference or f"{options.out}/sft.pt"
-    (policy, tokenizer), (reference, _) = map(runs.load_checkpoint, paths)
-    models, prompt = (policy, reference), options.prompt
-    is_village, responses = prompt in village.QUESTIONS, options.responses
+    (policy, tokenizer), (reference, other) = map(runs.load_checkpoint, paths)
+    models, prompt, responses = (policy, reference), options.prompt, options.responses
+    if not prompt.strip() or data.tokenizer_state(tokenizer) != data.tokenizer_state(other):
+        raise SystemExit("the prompt is empty" if not prompt.strip() else "two tokenizers differ")
+    is_village = prompt in village.QUESTIONS
     if options.likeliest:
         if not is_village:
             raise SystemExit("--likeliest is for the village's questions: python lab/village.py")
@@ -116,4 +113,7 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except ValueError as error:  # it does not fit the block size
+        raise SystemExit(f"look.py: {error}")
