@@ -34,8 +34,15 @@ import train_sft
 from experiments import results
 from lab import evaluate, flags, runs, village
 from lab.flags import flag
-from lab.pairs import sample_pairs
-from variants import reward_model, train_grpo, train_rlhf, train_selfplay, train_variant
+from lab.pairs import sample_pairs, true_preference
+from variants import (
+    reward_model,
+    train_grpo,
+    train_online,
+    train_rlhf,
+    train_selfplay,
+    train_variant,
+)
 
 ROOT = Path(__file__).parent.parent
 NOISE = 0.1, 0.2, 0.3
@@ -203,6 +210,11 @@ def training_of(ground, name, **settings):
         config = ground.config(train_selfplay.Config, **judge, **settings)
         steps, labels = train_selfplay.count_steps(config), train_selfplay.count_labels(config)
         return policy, train_selfplay.train_rounds(models, config, questions), steps, labels, 0
+    if name == "online":
+        config = ground.config(train_online.Config, **settings)
+        optimizer = torch.optim.SGD(policy.parameters(), config.lr, momentum=0.9)
+        steps = train_online.train_rounds(models, optimizer, config, questions, true_preference)
+        return policy, steps, config.rounds * train_online.count_steps(config), 0, 0
     if name in ("grpo", "grpo_no_std"):
         config = ground.config(train_grpo.Config, no_std=name == "grpo_no_std", **settings)
         steps = train_grpo.train_on_groups(models, config, questions, reward)

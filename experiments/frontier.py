@@ -2,29 +2,31 @@
 
     python experiments/frontier.py             sweeps of β at seed 0, then assets/frontier.svg
 
-Every point is a policy on fresh samples. The line is Eq. 4 for every β: no objective E[r] − β KL is
-more than β E[log Z(x)], and a point that beats it by four standard errors ends the script.
+Every point is a policy on fresh samples, and the number beside it is the method's own coefficient.
+The line is Eq. 4 for every β: no objective E[r] − β KL is more than β E[log Z(x)], and a point that
+beats it by four standard errors ends the script. Figures are kept in experiments/results/frontier/.
 """
 
 import dataclasses
-import json
 import os
 import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).parent.parent))  # run from anywhere
 import dpo
 import train_dpo
-from experiments.compare import ROOT, Ground, training_of
-from lab import evaluate, flags, runs
+from experiments import results
+from experiments.compare import FILES, ROOT, Ground, training_of
+from lab import evaluate, flags
 from lab.flags import flag
+from variants import train_online
 
 METHODS = {  # compare.py's name, own coefficient, its values; colour, marker, told apart by all
     "DPO": ("dpo", "beta", (0.25, 0.5, 1.0), "#0072b2", "o"),
+    "online DPO": ("online", "beta", (0.25, 0.5, 1.0), "#000000", "P"),
     "IPO": ("ipo", "loss_beta", (0.05, 0.085, 0.2), "#56b4e9", "s"),
     "PPO": ("rlhf", "kl_beta", (0.25, 0.5, 1.0), "#d55e00", "^"),
     "PPO-GT": ("ppo_gt", "kl_beta", (0.25, 0.5, 1.0), "#e69f00", "v"),
@@ -41,14 +43,15 @@ class Config:
     picture: str = flag("assets/frontier.svg", "the file to draw")
 
 
-def trace(ground, method, beta, config):
-    """One training -> its points, rewards and KLs by question at every measurement."""
+def trace(ground, method, beta, ceilings, config):
+    """One training -> of every measurement its KL, its reward, and by how many standard errors it
+    is above the frontier."""
     (name, coefficient, *_), points = METHODS[method], []
     settings = {coefficient: beta}
-    if (
-        method == "DPO"
-    ):  # its curvature in Δ grows with β², and the rate that it bears falls with it
-        settings["lr"] = train_dpo.Config.lr * min(1, (0.5 / beta) ** 2)
+    # The curvature of Eq. 7 in Δ grows with β², and the rate that it bears falls with it.
+    if name in ("dpo", "online"):
+        highest = {"dpo": train_dpo.Config.lr, "online": train_online.Config.lr}[name]
+        settings["lr"] = highest * min(1, (0.5 / beta) ** 2)
     policy, training, steps, *_ = training_of(ground, name, **settings)
     ruler = ground.config(train_dpo.Config, eval_samples=config.samples)
     models = policy, ground.reference, ground.tokenizer
@@ -57,8 +60,9 @@ def trace(ground, method, beta, config):
         if step * config.probes // steps > (step - 1) * config.probes // steps:
             ruler = dataclasses.replace(ruler, seed=step)
             rows, _ = evaluate.measure(*models, ground.held_out, ground.exact, ruler)
-            reward, kl, *_ = rows["policy"]
-            points.append({"step": step, "reward": reward.tolist(), "kl": kl.tolist()})
+            reward, kl, *_ = rows["policy"]  # (Q,) each
+            found = kl.mean().item(), reward.mean().item(), excess(reward, kl, ceilings)
+            points.append([round(x, 4) for x in found])
     return points
 
 
@@ -67,9 +71,8 @@ def bounds(exact, betas):
     return {beta: beta * dpo.optimal_logps(*exact, beta)[1] for beta in betas}
 
 
-def excess(point, bounds):
-    """By how many standard errors a point beats the frontier, at the β where it does so most."""
-    reward, kl = (torch.tensor(point[name], dtype=torch.float64) for name in ("reward", "kl"))
+def excess(reward, kl, bounds):
+    """By how many standard errors rewards and KLs (Q,) beat the frontier, where they do most."""
     worst = -float("inf")
     for beta, bound in bounds.items():
         over = dpo.objective(reward, kl, beta) - bound  # (Q,)
@@ -100,8 +103,9 @@ def draw(sweeps, line, path):
     axis.plot(*zip(*line), color="black", linewidth=1.5, label="exact frontier, Eq. 4")
     for method, (*_, color, marker) in METHODS.items():
         label = method
-        for points in sweeps[method].values():
-            x, y = ([sum(p[k]) / len(p[k]) for p in points] for k in ("kl", "reward"))
+        for beta, points in sweeps[method].items():
+            x, y, _ = zip(*points)
+            axis.annotate(f" {beta:g}", (x[-1], y[-1]), color=color, fontsize=8, va="top")
             axis.plot(x, y, color=color, linewidth=0.6, alpha=0.6)
             axis.scatter(x[:-1], y[:-1], color=color, marker=marker, s=12, alpha=0.5, linewidths=0)
             axis.scatter(x[-1], y[-1], color=color, marker=marker, s=45, label=label)
@@ -118,29 +122,29 @@ def draw(sweeps, line, path):
 def main():
     config = flags.read_config(Config, "frontier.py")
     ground = Ground(config.seed, config.out)
-    folder = ground.folder / "frontier"
-    os.makedirs(folder, exist_ok=True)
-    sweeps = {method: {} for method in METHODS}
-    for method, (_, _, betas, *_) in METHODS.items():
-        for beta in betas:
-            path = folder / f"{method}_{beta}.json"
-            if not path.exists():
-                points = trace(ground, method, beta, config)
-                runs.write_json(path, points)
-            sweeps[method][beta] = json.loads(path.read_text())
-    betas = [0.15 * 1.15**i for i in range(40)]
+    betas, sweeps, above = [0.15 * 1.15**i for i in range(40)], {}, []
     line, ceilings = frontier(ground.exact, betas), bounds(ground.exact, betas)
-    above = []
+    for method, (name, _, values, *_) in METHODS.items():
+        sweeps[method] = {}
+        for beta in values:
+            kept = results.read_file("frontier", config.seed, ground.sft)["runs"]
+            run = kept.get(f"{method} {beta}")
+            if not run or results.is_stale(run):
+                points = trace(ground, method, beta, ceilings, config)
+                where = "frontier", config.seed, ground.sft, f"{method} {beta}"
+                results.keep(*where, points, FILES.get(name, ()))
+                run = results.read("frontier")[config.seed]["runs"][f"{method} {beta}"]
+            sweeps[method][beta] = run["figures"]
     print(
         "\n| method | its β | KL | E[r] | standard errors above the frontier |\n" + "|---" * 5 + "|"
     )
     for method, sweep in sweeps.items():
         for beta, points in sweep.items():
-            over = [excess(point, ceilings) for point in points]
-            if max(over) > 4:
-                above.append(f"{method} at {beta}: {max(over):.1f}")
-            kl, reward = (sum(points[-1][k]) / len(points[-1][k]) for k in ("kl", "reward"))
-            print(f"| {method} | {beta} | {kl:.2f} | {reward:.2f} | {max(over):+.1f} |")
+            highest = max(over for _, _, over in points)
+            if highest > 4:
+                above.append(f"{method} at {beta}: {highest:.1f}")
+            kl, reward, _ = points[-1]
+            print(f"| {method} | {beta} | {kl:.2f} | {reward:.2f} | {highest:+.1f} |")
     draw(sweeps, line, ROOT / config.picture)
     if above:
         raise SystemExit("above the frontier by more than 4 standard errors: " + "; ".join(above))

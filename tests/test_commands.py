@@ -316,7 +316,12 @@ def test_the_frontier_is_drawn_and_no_method_is_above_it(toy_ground, monkeypatch
         monkeypatch.setitem(frontier.METHODS, name, (of, own, betas[:1], *look))
     picture = toy_ground / "frontier.svg"
     run_main(monkeypatch, frontier, f"--out={toy_ground}", f"--picture={picture}")
-    assert "| PPO-GT | 0.25 |" in capsys.readouterr().out
+    assert "| PPO-GT | 0.25 |" in (printed := capsys.readouterr().out)
+    kept = {name: run["figures"] for name, run in results.read("frontier")[0]["runs"].items()}
+    assert [*kept] == [f"{name} {row[2][0]}" for name, row in frontier.METHODS.items()]
+    for name, points in kept.items():
+        kl, reward, _ = points[-1]
+        assert f"| {' | '.join(name.rsplit(' ', 1))} | {kl:.2f} | {reward:.2f} |" in printed
     if importlib.util.find_spec("matplotlib"):  # `make test` does not install it
         assert "exact frontier" in picture.read_text()
 
