@@ -22,10 +22,12 @@ class Config(flags.Config):
     init: str = flag("", "checkpoint to start from, and to stay close to: OUT/sft.pt")
     beta: float = flag(0.5, "β of Eq. 3, by which all methods are judged", name="--eval-beta")
     max_new_tokens: int = flag(
-        24, "of a sample; with your own data as many as 95 in 100 responses have", own=0
+        24, "longest sample, in tokens; with your own data as 95 in 100 responses are", own=0
     )
-    eval_questions: int = flag(120, "at most, of each held-out set: there are no more")
-    eval_samples: int = flag(20, "for each of these questions, in the report")
+    eval_questions: int = flag(
+        120, "questions to measure on, of each held-out set; there are no more"
+    )
+    eval_samples: int = flag(20, "samples of the report for each of these questions")
 
 
 def fresh_samples(policy, reference, tokenizer, prompts, config):

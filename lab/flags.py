@@ -20,7 +20,7 @@ def flag(default, help, choices=(), zero=False, below=math.inf, name="", own=Non
 class Config:
     """What every training has."""
 
-    seed: int = flag(0, "of everything that is drawn", zero=True, below=2**63)
+    seed: int = flag(0, "random seed of everything that is drawn", zero=True, below=2**63)
     out: str = flag("out", "folder for all that is written")
     device: str = flag("auto", "auto takes cuda or mps where it is found, else cpu")
     dtype: str = flag("float32", "bfloat16 autocasts the forward pass", ("float32", "bfloat16"))

@@ -40,8 +40,8 @@ from variants.losses import clipped_loss
 class Config(evaluate.Config):
     no_std: bool = flag(False, "the plain policy gradient of Eq. 3 at --eval-beta")
     kl_beta: float = flag(0.35, "weight of k3 in the published loss")
-    steps: int = flag(60, "each on fresh samples")
-    questions: int = flag(64, "for each step")
+    steps: int = flag(60, "steps, each on fresh samples")
+    questions: int = flag(64, "questions in each step")
     group: int = flag(8, "responses to each question")
     minibatches: int = flag(2, "parts of a step's samples, one update for each")
     clip: float = flag(0.2, "how far a token's probability may move for its advantage")

@@ -38,7 +38,7 @@ from train_dpo import add_reference_logps, check_start, pair_losses, pair_metric
 class Config(evaluate.Config):
     judge: str = flag("village", "who labels the pairs", ("village", "pretrained"))
     beta: float = flag(0.5, "β of Eq. 7, and of Eq. 3, by which the report judges the policy")
-    rounds: int = flag(8, "each on pairs that the policy writes at its beginning")
+    rounds: int = flag(8, "rounds; at the beginning of each the policy writes new pairs")
     num_pairs: int = flag(24_000, "pairs to sample in all rounds together")
     batch_size: int = flag(64, "pairs in each step")
     lr: float = flag(1.2e-2, "highest rate, of SGD")

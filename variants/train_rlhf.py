@@ -35,19 +35,19 @@ from variants.train_grpo import roll_out
 @dataclass
 class Config(evaluate.Config):
     true_reward: bool = flag(False, "the village's own reward in place of a learned one")
-    num_pairs: int = flag(24_000, "for the reward model")
+    num_pairs: int = flag(24_000, "pairs for the reward model")
     batch_size: int = flag(64, "pairs a step of the reward model")
-    reward_lr: float = flag(1e-3, "of the reward model, by AdamW")
-    reward_epochs: int = flag(2, "of the reward model over its pairs")
+    reward_lr: float = flag(1e-3, "highest learning rate of the reward model, by AdamW")
+    reward_epochs: int = flag(2, "passes of the reward model over its pairs")
     kl_beta: float = flag(0.5, "weight of the KL in training")
-    steps: int = flag(60, "of PPO, each on fresh samples")
-    samples: int = flag(512, "for each step")
+    steps: int = flag(60, "steps of PPO, each on fresh samples")
+    samples: int = flag(512, "samples in each step")
     minibatches: int = flag(2, "parts of a step's samples, one update for each")
     clip: float = flag(0.2, "how far a token's probability may move for its advantage")
     gae_lambda: float = flag(0.95, "λ of GAE: how far ahead an advantage looks")
-    value_weight: float = flag(0.1, "of the value head's squared error")
-    lr: float = flag(3e-4, "of the policy, by AdamW")
-    value_lr: float = flag(1e-2, "of the value head, which starts at zero")
+    value_weight: float = flag(0.1, "weight of the value head's squared error")
+    lr: float = flag(3e-4, "learning rate of the policy, by AdamW")
+    value_lr: float = flag(1e-2, "learning rate of the value head, which starts at zero")
 
 
 def gae(rewards, values, gae_lambda):

@@ -40,18 +40,20 @@ from variants.reward_model import learned_reward, train_reward_model
 
 @dataclass
 class Config(evaluate.Config):
-    judge: str = flag("village", "or a reward model after round 1", ("village", "model"))
+    judge: str = flag(
+        "village", "who labels: the village, or a reward model after round 1", ("village", "model")
+    )
     spin: bool = flag(False, "demonstrations in place of a judge")
-    rounds: int = flag(3, "each with the last one's policy as its reference")
-    questions: int = flag(2000, "for each round")
+    rounds: int = flag(3, "rounds, each with the last one's policy as its reference")
+    questions: int = flag(2000, "questions in each round")
     group: int = flag(4, "responses to each; with --spin one, and one demonstration")
     loss_beta: float = flag(0.25, "SPPO's 1/η")
     spin_beta: float = flag(0.5, "β of Eq. 7 in SPIN")
     spin_lr: float = flag(6e-3, "the highest learning rate of SPIN")
     lr: float = flag(5e-4, "the highest learning rate of SPPO")
     batch_size: int = flag(64, "responses a step; with --spin, pairs")
-    reward_lr: float = flag(1e-3, "of the reward model, by AdamW")
-    reward_epochs: int = flag(2, "of the reward model over its pairs")
+    reward_lr: float = flag(1e-3, "highest learning rate of the reward model, by AdamW")
+    reward_epochs: int = flag(2, "passes of the reward model over its pairs")
 
 
 def compare(rewards, generator):
