@@ -32,6 +32,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))  # run from anywhere
 import data
 import model as gpt
 import train_dpo
+from experiments import results
 from lab import flags, village
 from lab.flags import flag
 from responses import sample_responses
@@ -215,15 +216,20 @@ def measure(functions, setting):
     return figures
 
 
+def medians(rounds):
+    return {name: statistics.median(row[name] for row in rounds) for name in rounds[0]}
+
+
 def show(label, rounds):
     """The median of every figure."""
-    figures = [(name, statistics.median(row[name] for row in rounds)) for name in rounds[0]]
+    figures = medians(rounds).items()
     texts = (f"{name} {v:.0%}" if "share" in name else f"{name} {v:,.0f}" for name, v in figures)
     print(f"{label}: " + ", ".join(texts), flush=True)
 
 
 def compare(setting, config):
-    """One size of model, ours and with --peer theirs."""
+    """One size of model, ours and with --peer theirs. What it finds beside the peer is kept in
+    experiments/results/bench/."""
     size = f"{setting.n_layer} layers x {setting.n_embd}"
     ours, theirs = [], []
     for _ in range(config.rounds):
@@ -234,13 +240,16 @@ def compare(setting, config):
     if config.peer:
         names = f"TRL {version('trl')} and transformers {version('transformers')}"
         show(f"{size}, {names}", theirs)
+        kept = {"share of peak in the loop": medians(ours)["share of peak in the loop"]}
         for name in theirs[0]:
             ratios = sorted(mine[name] / their[name] for mine, their in zip(ours, theirs))
+            kept[name] = statistics.median(ratios), ratios[0], ratios[-1]
             print(
                 f"{size}, {name}: ours over theirs {statistics.median(ratios):.2f} "
                 f"({ratios[0]:.2f} to {ratios[-1]:.2f})",
                 flush=True,
             )
+        results.keep("bench", 0, "", size, kept, ("experiments/bench",))
 
 
 def grow(config):

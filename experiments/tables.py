@@ -120,7 +120,27 @@ def rates():
     return table(head, rows)
 
 
-TABLES = {"default": default, "online": online, "family": family, "noise": noise, "rates": rates}
+def bench():
+    """Speed and memory beside the peer's."""
+    runs = results.read("bench")[0]["runs"]
+    titles = {
+        "pairs/s": "pairs a second, from texts to the trained policy",
+        "pairs/s in the loop": "pairs a second in the loop alone",
+        "generated tokens/s": "generated tokens a second",
+        "peak memory, MB": "peak memory of the process",
+    }
+    rows = []
+    for name, title in titles.items():
+        cells = [run["figures"][name] for run in runs.values()]
+        rows.append([title, *(f"{m:.2f} x ({low:.2f} to {high:.2f})" for m, low, high in cells)])
+    shares = [f"{run['figures']['share of peak in the loop']:.0%}" for run in runs.values()]
+    rows.append(["ours: share of the matmul peak in the loop", *shares])
+    return table(["ours over theirs, median (range)", *runs], rows)
+
+
+TABLES = {
+    function.__name__: function for function in (default, online, family, noise, rates, bench)
+}
 
 
 def fill(text):
