@@ -680,6 +680,20 @@ def test_each_rounds_pairs_are_the_policys_own_and_the_reference_stays(one_lette
     assert rates == data.learning_rates(0.1, 6)  # one schedule over all rounds
 
 
+def test_a_long_gradient_is_cut_to_the_norm_asked_for(one_letter):
+    """SGD's first step has no momentum yet: it is the rate times the gradient."""
+    policy = copy.deepcopy(one_letter).requires_grad_(True)
+    sizes = {"num_pairs": 64, "rounds": 1, "max_new_tokens": 2}
+    config = train_online.Config(lr=0.1, max_grad_norm=0.01, **sizes)
+    optimizer = torch.optim.SGD(policy.parameters(), config.lr, momentum=0.9)
+    models = policy, one_letter, Letters()
+    (step,) = train_online.train_rounds(models, optimizer, config, PROMPTS, worth_judge)
+    assert step["grad_norm"] > 0.01  # what is logged is the norm before
+    before = dict(one_letter.named_parameters())
+    moved = [(w - before[name]).square().sum().item() for name, w in policy.named_parameters()]
+    assert math.sqrt(sum(moved)) == pytest.approx(0.1 * 0.01, rel=1e-3)
+
+
 def weights_of(model):
     return sum(weights.double().sum().item() for weights in model.state_dict().values())
 
