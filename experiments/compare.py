@@ -6,7 +6,7 @@
     python experiments/compare.py --part noise               with labels that were flipped
     python experiments/tables.py                             then the tables
 
-A run's figures go to experiments/results/GROUND/SEED.json, and it is not repeated while they are
+A run's figures go to experiments/results/STUDY/SEED.json, and it is not repeated while they are
 there and the code that computed them is the same. Seconds are those from the SFT model on:
 sampling, labels, the reference's pass, training.
 """
@@ -74,15 +74,12 @@ METHODS |= {
     "ai_feedback": ("AI feedback, 16 rounds", 2, 3),
 }
 ONLINE = "variants/train_online.py"
-SCRIPTS = {  # of those whose figures are a script's own report: its flags, the report, labels
-    "dpo": (["train_dpo.py"], "dpo", 24_000),
-    "online": ([ONLINE], "online", 24_000),
-    "online_48k": ([ONLINE, "--rounds=16", "--num-pairs=48000"], "online", 48_000),
-    "ai_feedback": (
-        [ONLINE, "--judge=pretrained", "--rounds=16", "--num-pairs=48000"],
-        "ai_feedback",
-        0,
-    ),
+MORE_ROUNDS = "--rounds=16", "--num-pairs=48000"
+SCRIPTS = {  # of those whose figures are a script's own report: its flags, and the report
+    "dpo": (["train_dpo.py"], "dpo"),
+    "online": ([ONLINE], "online"),
+    "online_48k": ([ONLINE, *MORE_ROUNDS], "online"),
+    "ai_feedback": ([ONLINE, "--judge=pretrained", *MORE_ROUNDS], "ai_feedback"),
 }
 RATES = {  # what is said of DPO in docs/findings.md: its flags
     "sgd_2e-3": ["--lr=2e-3"],
@@ -96,7 +93,7 @@ RATES = {  # what is said of DPO in docs/findings.md: its flags
     "pairs_48000": ["--num-pairs=48000"],
     "pairs_6000_x4": ["--num-pairs=6000", "--epochs=4"],
 }
-SCRIPTS |= {name: (["train_dpo.py", *more], "dpo", 24_000) for name, more in RATES.items()}
+SCRIPTS |= {name: (["train_dpo.py", *more], "dpo") for name, more in RATES.items()}
 # Which files compute a method's figures, besides those that all rest on.
 FILES = dict.fromkeys(train_variant.LOSSES, ("variants/losses", "variants/train_variant"))
 FILES |= dict.fromkeys(("kto", "kto_half"), ("variants/losses", "variants/kto"))
@@ -115,7 +112,7 @@ class Config:
     only: str = flag("", "names of methods, with commas between them; else all")
     part: str = flag("family", "what is compared", ("family", "rates", "noise"))
     out: str = flag("out/compare", "folder for models")
-    ground: str = flag("village", "folder of experiments/results")
+    study: str = flag("village", "folder of experiments/results")
 
 
 class Ground:
@@ -214,7 +211,8 @@ def training_of(ground, name, **settings):
         config = ground.config(train_online.Config, **settings)
         optimizer = torch.optim.SGD(policy.parameters(), config.lr, momentum=0.9)
         steps = train_online.train_rounds(models, optimizer, config, questions, true_preference)
-        return policy, steps, config.rounds * train_online.count_steps(config), 0, 0
+        count = config.rounds * train_online.count_steps(config)
+        return policy, steps, count, config.num_pairs, 0
     if name in ("grpo", "grpo_no_std"):
         config = ground.config(train_grpo.Config, no_std=name == "grpo_no_std", **settings)
         steps = train_grpo.train_on_groups(models, config, questions, reward)
@@ -256,13 +254,15 @@ def short(summary):
 
 def run_script(ground, name):
     """-> figures from the report of a method's own script."""
-    (line, report, labels), folder = SCRIPTS[name], ground.folder.absolute()
+    (line, report), folder = SCRIPTS[name], ground.folder.absolute()
     own = [f"--seed={ground.seed}", f"--init={folder}/sft.pt", f"--out={folder}/{name}"]
     own += [f"--eval-samples={EVAL_SAMPLES}"]
     subprocess.run([sys.executable, *line, *own], cwd=ROOT, check=True)
     lines = (folder / name / f"{report}.jsonl").read_text().splitlines()[-50:]
     last = {n: [json.loads(line)[n] for line in lines] for n in ("loss", "rewards/accuracies")}
     report = json.loads((folder / name / f"{report}.json").read_text())
+    config = report["config"]
+    labels = 0 if config.get("judge") == "pretrained" else config["num_pairs"]
     seconds = report["seconds"]["preparing"] + report["seconds"]["training"]
     rows = {row: short(report[row]) for row in ("reference", "policy", "optimum")}
     never = {"policy": short(report["never_asked"]["policy"])}
@@ -315,18 +315,18 @@ def main():
             raise SystemExit(f"--only: no {', '.join(unknown)} among {', '.join(jobs)}")
         jobs = {job: jobs[job] for job in config.only.split(",")}
     for seed in seeds:
-        kept = results.read(config.ground).get(seed, {"runs": {}})["runs"]
+        kept = results.read(config.study).get(seed, {"runs": {}})["runs"]
         missing = [job for job in jobs if job not in kept or results.is_stale(kept[job])]
         if missing:
             ground = Ground(seed, config.out)
-            results.read_file(config.ground, seed, ground.sft)  # or refuse before any work
+            results.read_file(config.study, seed, ground.sft)  # or refuse before any work
         for job in tqdm(missing, f"seed {seed}", leave=False, disable=None):
             name, settings = jobs[job]
             try:
                 figures = run(ground, name, **settings)
             except FloatingPointError as error:
                 raise FloatingPointError(f"{job}, seed {seed}: {error}")
-            results.keep(config.ground, seed, ground.sft, job, figures, FILES.get(name, ()))
+            results.keep(config.study, seed, ground.sft, job, figures, FILES.get(name, ()))
             policy = figures["policy"]
             print(f"{job}: optimality {policy['optimality']:.1%} ± {policy['optimality_se']:.1%}")
 

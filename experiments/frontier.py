@@ -124,16 +124,15 @@ def main():
     ground = Ground(config.seed, config.out)
     betas, sweeps, above = [0.15 * 1.15**i for i in range(40)], {}, []
     line, ceilings = frontier(ground.exact, betas), bounds(ground.exact, betas)
+    where = "frontier", config.seed, ground.sft
+    kept = results.read_file(*where)["runs"]
     for method, (name, _, values, *_) in METHODS.items():
         sweeps[method] = {}
         for beta in values:
-            kept = results.read_file("frontier", config.seed, ground.sft)["runs"]
             run = kept.get(f"{method} {beta}")
             if not run or results.is_stale(run):
-                points = trace(ground, method, beta, ceilings, config)
-                where = "frontier", config.seed, ground.sft, f"{method} {beta}"
-                results.keep(*where, points, FILES.get(name, ()))
-                run = results.read("frontier")[config.seed]["runs"][f"{method} {beta}"]
+                run = {"figures": trace(ground, method, beta, ceilings, config)}
+                results.keep(*where, f"{method} {beta}", run["figures"], FILES.get(name, ()))
             sweeps[method][beta] = run["figures"]
     print(
         "\n| method | its β | KL | E[r] | standard errors above the frontier |\n" + "|---" * 5 + "|"

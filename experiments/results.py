@@ -1,8 +1,8 @@
 """Results in files, and what they were computed by.
 
-A file for each seed, experiments/results/STUDY/SEED.json: the machine, a digest of the fine-tuned
-model from which all its runs start, and of each run its figures, its commit, and a hash of the code
-that computed them. A result is stale when that code has changed since.
+A file for each seed, experiments/results/STUDY/SEED.json: a digest of the fine-tuned model from
+which all its runs start, and of each run its figures, its commit, its machine, and a hash of the
+code that computed them. A result is stale when that code has changed since.
 """
 
 import ast
@@ -11,6 +11,7 @@ import json
 import os
 import platform
 import subprocess
+from functools import cache
 from pathlib import Path
 
 import torch
@@ -38,13 +39,16 @@ class Computing(ast.NodeTransformer):
         return self.generic_visit(node)
 
 
+@cache
+def computing(name):
+    """What computes in a file, named without its ".py"."""
+    return ast.dump(Computing().visit(ast.parse((ROOT / f"{name}.py").read_text("utf-8"))))
+
+
 def code_hash(more=()):
-    """Of the code that every result rests on, and of more files, without their ".py"."""
-    digest = hashlib.sha256()
-    for name in [*CORE, *more]:
-        tree = Computing().visit(ast.parse((ROOT / f"{name}.py").read_text("utf-8")))
-        digest.update(ast.dump(tree).encode())
-    return digest.hexdigest()[:12]
+    """Of the code that every result rests on, and of more files."""
+    codes = map(computing, [*CORE, *more])
+    return hashlib.sha256("".join(codes).encode()).hexdigest()[:12]
 
 
 def digest_of(path):

@@ -32,6 +32,14 @@ def runs_of(study, name):
     return [file["runs"][name]["figures"] for file in files if name in file["runs"]]
 
 
+def of_policies(reports, name, style):
+    return spread([report["policy"][name] for report in reports], style)
+
+
+def mean_of_policies(reports, name, style):
+    return f"{statistics.fmean(report['policy'][name] for report in reports):{style}}"
+
+
 def default():
     head = ["held-out questions", "E[reward]", "KL(π‖π_ref)", "J = E[r] − βKL", "optimality"]
     reports, rows = runs_of("village", "dpo"), []
@@ -43,35 +51,24 @@ def default():
     return table(head, rows)
 
 
-ONLINE = {
-    "dpo": ("DPO", "24,000"),
-    "online": ("online DPO", "24,000"),
-    "online_48k": ("online DPO, 16 rounds", "48,000"),
-    "ai_feedback": ("AI feedback, 16 rounds", "0 (48,000 of the judge)"),
-}
-
-
 def online():
     head = [
         "method", "labels", "E[reward]", "KL", "garbled", "their share of the KL", "optimality",
         "median, worst", "never asked", "seeds",
     ]  # fmt: skip
     rows = []
-    for name, (title, labels) in ONLINE.items():
-        if not (reports := runs_of("village", name)):
-            continue
-        policies = [report["policy"] for report in reports]
-        reached = [policy["optimality"] for policy in policies]
-        share = [policy["kl/garbled"] / policy["kl"] for policy in policies]
-        never = [report["never_asked"]["policy"]["optimality"] for report in reports]
-        rows.append([
-            title, labels, spread([p["reward"] for p in policies], ".2f"),
-            spread([p["kl"] for p in policies], ".2f"),
-            f"{statistics.fmean(p['garbled'] for p in policies):.1%}",
-            f"{statistics.fmean(share):.1%}", spread(reached, ".1%"),
-            f"{statistics.median(reached):.1%}, {min(reached):.1%}", spread(never, ".1%"),
-            str(len(reports)),
-        ])  # fmt: skip
+    for name in ("dpo", "online", "online_48k", "ai_feedback"):
+        if reports := runs_of("village", name):
+            reached = [report["policy"]["optimality"] for report in reports]
+            share = [r["policy"]["kl/garbled"] / r["policy"]["kl"] for r in reports]
+            rows.append([
+                compare.METHODS[name][0], f"{reports[0]['labels']:,}",
+                of_policies(reports, "reward", ".2f"), of_policies(reports, "kl", ".2f"),
+                mean_of_policies(reports, "garbled", ".1%"), f"{statistics.fmean(share):.1%}",
+                spread(reached, ".1%"), f"{statistics.median(reached):.1%}, {min(reached):.1%}",
+                of_policies([r["never_asked"] for r in reports], "optimality", ".1%"),
+                str(len(reports)),
+            ])  # fmt: skip
     return table(head, rows)
 
 
@@ -80,15 +77,13 @@ def family():
     rows = []
     for name, (title, stages, models) in compare.METHODS.items():
         if reports := runs_of("village", name):
-            policies = [report["policy"] for report in reports]
-            garbled, wins = ([p[key] for p in policies] for key in ("garbled", "win_rate"))
             rows.append([
                 title, str(stages), str(models), f"{reports[0]['labels']:,}",
                 f"{min(report['seconds'] for report in reports):.0f}",
-                spread([p["reward"] for p in policies], ".2f"),
-                spread([p["kl"] for p in policies], ".2f"),
-                f"{statistics.fmean(garbled):.1%}", f"{statistics.fmean(wins):.3f}",
-                spread([p["optimality"] for p in policies], ".1%"), str(len(reports)),
+                of_policies(reports, "reward", ".2f"), of_policies(reports, "kl", ".2f"),
+                mean_of_policies(reports, "garbled", ".1%"),
+                mean_of_policies(reports, "win_rate", ".3f"),
+                of_policies(reports, "optimality", ".1%"), str(len(reports)),
             ])  # fmt: skip
     return table(head, rows)
 
@@ -110,13 +105,12 @@ def rates():
     rows = []
     for name, title in titles.items():
         if reports := runs_of("village", name):
-            policies = [report["policy"] for report in reports]
             cells = [spread([r[n] for r in reports], ".3f") for n in ("loss", "rewards/accuracies")]
-            cells += [spread([p["garbled"] for p in policies], ".1%")]
-            cells += [spread([p[n] for p in policies], ".2f") for n in ("reward", "kl")]
-            reached = [policy["optimality"] for policy in policies]
-            cells += [spread(reached, ".1%"), f"{min(reached):.1%}", str(len(reports))]
-            rows.append([title, *cells])
+            cells += [of_policies(reports, "garbled", ".1%")]
+            cells += [of_policies(reports, name, ".2f") for name in ("reward", "kl")]
+            cells += [of_policies(reports, "optimality", ".1%")]
+            worst = min(report["policy"]["optimality"] for report in reports)
+            rows.append([title, *cells, f"{worst:.1%}", str(len(reports))])
     return table(head, rows)
 
 

@@ -301,7 +301,7 @@ def test_every_method_runs_and_finished_runs_are_not_repeated(toy_ground, monkey
 
 def test_a_scripts_report_is_its_methods_figure(toy_ground, monkeypatch):
     line = [compare.ONLINE, "--rounds=2", "--num-pairs=16", *SIZES]
-    monkeypatch.setitem(compare.SCRIPTS, "online", (line, "online", 16))
+    monkeypatch.setitem(compare.SCRIPTS, "online", (line, "online"))
     run_main(monkeypatch, compare, "--seeds=0", f"--out={toy_ground}", "--only=online")
     figures = results.read("village")[0]["runs"]["online"]["figures"]
     report = json.loads((toy_ground / "0" / "online" / "online.json").read_text())

@@ -172,9 +172,7 @@ def test_the_way_out_and_back_goes_as_the_docs_say(trl, sft, pairs, tmp_path):
     for line in commands:
         line = line.replace("tools/", f"{ROOT}/tools/") + " --use_cpu" * line.startswith("trl")
         program, *arguments = shlex.split(line)
-        program = (
-            Path(sys.executable).with_name(program) if program in ("python", "trl") else program
-        )
+        program = Path(sys.executable).with_name(program)
         run = subprocess.run([program, *arguments], cwd=tmp_path, capture_output=True, text=True)
         assert run.returncode == 0, run.stderr
     aligned, state = gpt.load(tmp_path / "out/my/aligned.pt")

@@ -51,13 +51,18 @@ def read_arguments():
     return flags
 
 
+def as_learnt(model, question):
+    """-> a question as the model has learnt to be asked, and how many tokens an answer may have."""
+    if model.learnt.get("conversations"):
+        (question,) = data.apply_template([{"role": "user", "content": question}])
+    return question, model.learnt.get("answer_tokens", 24)
+
+
 def answer(model, tokenizer, generator, question, flags):
     """A response as a line, its true reward in front. Raises ValueError where it does not fit."""
-    prompt, learnt, end = question, model.learnt, tokenizer.eot_token
-    if learnt.get("conversations"):
-        (prompt,) = data.apply_template([{"role": "user", "content": question}])
-    prompt_ids = tokenizer.encode_ordinary(prompt)
-    limits = flags.max_new_tokens or learnt.get("answer_tokens", 24), flags.temperature
+    prompt, limit = as_learnt(model, question)
+    prompt_ids, end = tokenizer.encode_ordinary(prompt), tokenizer.eot_token
+    limits = flags.max_new_tokens or limit, flags.temperature
     (reply,) = model.generate([prompt_ids], end, *limits, generator=generator)
     cut_off = reply[-1] != end
     text = tokenizer.decode(reply if cut_off else reply[:-1])

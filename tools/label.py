@@ -20,18 +20,16 @@ from pathlib import Path
 import torch
 
 sys.path.insert(0, str(Path(__file__).parent.parent))  # run from anywhere
-import data
 from lab import flags, runs
+from tools.chat import as_learnt
 
 CHOICES = {"1": "pairs", "2": "pairs", "0": "ties", "s": "skipped"}
 
 
 def two_samples(model, tokenizer, question, generator):
     """Two different whole responses, in the order drawn; () where ten draws hold no two."""
-    end, prompt = tokenizer.eot_token, question
-    if model.learnt.get("conversations"):
-        (prompt,) = data.apply_template([{"role": "user", "content": question}])
-    ids, limit = [tokenizer.encode_ordinary(prompt)] * 10, model.learnt.get("answer_tokens", 24)
+    prompt, limit = as_learnt(model, question)
+    ids, end = [tokenizer.encode_ordinary(prompt)] * 10, tokenizer.eot_token
     replies = model.generate(ids, end, limit, generator=generator)
     texts = dict.fromkeys(tokenizer.decode(r[:-1]) for r in replies if r[-1] == end)
     return [text for text in texts if text.strip()][:2] if len(texts) > 1 else ()

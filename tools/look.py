@@ -2,12 +2,11 @@
 
     python tools/look.py out "What is the job of Mara?"                  a sample of each model
     python tools/look.py out "What is the job of Mara?" " Mara is a smith." " Who cares?"
-    python tools/look.py out "What is the job of Mara?" --likeliest      the village's best known
+    python tools/look.py out "What is the job of Mara?" --likeliest      the likeliest ten, compared
 
 OUT/sft.pt is the reference and OUT/dpo.pt the policy. Below each token stands its share of the
 implicit reward, β (log π_θ − log π_ref). Their sum is r̂, Eq. 5 without β log Z(x), and of two sums
 Eq. 6 makes a probability. The darker a token, the more it counts: blue for, orange against.
---likeliest: ten responses with their probabilities under reference, policy and Eq. 4's optimum.
 """
 
 import argparse
@@ -20,6 +19,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))  # run from anywhere
 import data
 import dpo
 from lab import evaluate, runs, village
+from tools.chat import as_learnt
 
 BLUE, ORANGE = (0, 114, 178), (213, 94, 0)  # told apart by the colour-blind
 
@@ -85,17 +85,18 @@ def main():
     paths = options.policy or f"{options.out}/dpo.pt", options.reference or f"{options.out}/sft.pt"
     (policy, tokenizer), (reference, other) = map(runs.load_checkpoint, paths)
     models, prompt, responses = (policy, reference), options.prompt, options.responses
-    if not prompt.strip() or data.tokenizer_state(tokenizer) != data.tokenizer_state(other):
-        raise SystemExit("the prompt is empty" if not prompt.strip() else "two tokenizers differ")
+    if not prompt.strip():
+        raise SystemExit("the prompt is empty")
+    if data.tokenizer_state(tokenizer) != data.tokenizer_state(other):
+        raise SystemExit("two tokenizers differ")
     is_village = prompt in village.QUESTIONS
+    if options.likeliest and not is_village:
+        raise SystemExit("--likeliest is for the village's questions: python lab/village.py")
     if options.likeliest:
-        if not is_village:
-            raise SystemExit("--likeliest is for the village's questions: python lab/village.py")
         return likeliest(models, tokenizer, prompt, options.beta)
-    if policy.learnt.get("conversations"):
-        (prompt,) = data.apply_template([{"role": "user", "content": prompt}])
+    prompt, limit = as_learnt(policy, prompt)
     if not responses:
-        limit, ids = policy.learnt.get("answer_tokens", 24), tokenizer.encode_ordinary(prompt)
+        ids = tokenizer.encode_ordinary(prompt)
         for model in (reference, policy):
             generator = torch.Generator().manual_seed(options.seed)
             (reply,) = model.generate([ids], tokenizer.eot_token, limit, generator=generator)
