@@ -76,7 +76,8 @@ class OwnData:
     def __init__(self, policy, reference, tokenizer, config):
         self.models, self.config = (policy, reference, tokenizer), config
         file = OwnFile(config.pairs, "pairs", config, config.held_out)
-        if file.kind == "thumbs" and getattr(config, "loss", "dpo") != "kto":
+        self.are_thumbs = file.kind == "thumbs"
+        if self.are_thumbs and getattr(config, "loss", "dpo") != "kto":
             raise SystemExit(
                 f"{config.pairs} has labels of single responses, which make no pairs: train on it "
                 "with python variants/train_variant.py --loss kto"
@@ -99,7 +100,7 @@ class OwnData:
             raise SystemExit("no held-out prompt has room for a response: lower --max-new-tokens")
         self.prompts = short[:480]  # as many samples as the village's probe() draws
         self.sampled = self.prompts * math.ceil(100 / len(self.prompts))  # of few, several each
-        if file.kind != "thumbs":
+        if not self.are_thumbs:
             self.file["longer_wins"] = share = longer_wins(self.texts[0])
             print(f"the longer response is the chosen one in {share:.0%} of the pairs to train on")
 
@@ -118,13 +119,14 @@ class OwnData:
 
         Pairs are also written to OUT/used_pairs/train.jsonl and test.jsonl, as texts, for TRL.
         """
-        folder = f"{self.config.out}/used_pairs"
-        if folder in (os.path.dirname(p) for p in (self.config.pairs, self.config.held_out)):
+        if self.are_thumbs:
+            return self.texts
+        folder, given = f"{self.config.out}/used_pairs", (self.config.pairs, self.config.held_out)
+        if os.path.realpath(folder) in (os.path.dirname(os.path.realpath(path)) for path in given):
             raise SystemExit(f"{folder} is written by the run itself: give another --out")
-        if len(self.texts[0][0]) == 3 and isinstance(self.texts[0][0][2], str):
-            os.makedirs(folder, exist_ok=True)
-            for name, texts in zip(("train", "test"), self.texts):
-                write_pairs(f"{folder}/{name}.jsonl", texts)
+        os.makedirs(folder, exist_ok=True)
+        for name, texts in zip(("train", "test"), self.texts):
+            write_pairs(f"{folder}/{name}.jsonl", texts)
         return self.texts
 
     def probe(self):
@@ -204,7 +206,7 @@ def write_pairs(path, pairs):
 
 
 def noise_limits(pairs, judge=true_preference):
-    """The best accuracy and the least loss that labels allow which the judge draws."""
+    """The best accuracy and the least loss on labels drawn with the judge's probabilities."""
     p = judge(*zip(*pairs))  # (N,)
     entropy = torch.special.entr(p) + torch.special.entr(1 - p)
     accuracy = torch.maximum(p, 1 - p).mean().item()

@@ -105,8 +105,11 @@ def test_the_pipeline_on_somebodys_own_text_and_pairs(monkeypatch, capsys, tmp_p
     texts = [path.read_text().splitlines() for path in used]
     assert [*map(len, texts)] == [report["file"]["trained"], report["file"]["held_out"]]
     assert {*sum(texts, [])} == {*(tmp_path / "pairs.jsonl").read_text().splitlines()}
-    again = refusal(run_main, monkeypatch, train_dpo, out, f"--pairs={used[0]}", *other)
-    assert "used_pairs is written by the run itself: give another --out" in again
+    before = used[0].read_bytes()
+    for path in (used[0], tmp_path / "out" / ".." / "out" / "used_pairs" / "train.jsonl"):
+        again = refusal(run_main, monkeypatch, train_dpo, out, f"--pairs={path}", *other)
+        assert "used_pairs is written by the run itself: give another --out" in again
+    assert used[0].read_bytes() == before
     learnt = gpt.load(tmp_path / "out" / "dpo.pt")[0].learnt
     assert report["config"]["max_new_tokens"] == learnt["answer_tokens"]
 
