@@ -12,7 +12,6 @@ report; out/pairs.jsonl, the village's pairs. While it runs, out/dpo.part.pt is 
 """
 
 import copy
-import itertools
 import math
 from dataclasses import dataclass
 
@@ -114,7 +113,9 @@ def train(policy, optimizer, pairs, config, loss_fn=pair_losses, start=0):
     steps = count_steps(config, len(pairs))
     rates = data.learning_rates(config.lr, steps)
     batches = data.batches(len(pairs), config.batch_size, config.seed)
-    for lr, rows in itertools.islice(zip(rates, batches), start, None):
+    for step, (lr, rows) in enumerate(zip(rates, batches)):
+        if step < start:
+            continue
         optimizer.param_groups[0]["lr"] = lr
         parts = []
         for k in range(min(config.grad_accum, len(rows))):

@@ -9,7 +9,6 @@ Writes out/pretrained.pt and out/sft.pt; beside each a .jsonl with the metrics o
 .json with its loss on held-out text. While it runs, out/*.part.pt have what --resume needs.
 """
 
-import itertools
 import math
 from dataclasses import dataclass
 
@@ -69,7 +68,9 @@ def train_supervised(model, optimizer, examples, batches, rates, start=0, grad_a
     batches: for each step the indices of its examples. rates: for each step its learning rate.
     grad_accum: into how many parts a batch is cut, each with a backward pass of its own.
     """
-    for lr, rows in itertools.islice(zip(rates, batches), start, None):
+    for step, (lr, rows) in enumerate(zip(rates, batches)):
+        if step < start:
+            continue
         optimizer.param_groups[0]["lr"] = lr
         batch = [examples[i] for i in rows]
         scored, loss = sum(sum(mask) for _, mask in batch), 0

@@ -4,7 +4,6 @@ The functions stand in for those of the same names in train_dpo.py, and are best
 the loss is in losses.py. `python variants/train_variant.py --loss kto` runs it.
 """
 
-import itertools
 from dataclasses import dataclass
 
 import torch
@@ -87,7 +86,9 @@ def train_kto(policy, optimizer, thumbs, config, start=0):
     steps = count_steps(config, len(thumbs))
     rates = data.learning_rates(config.lr, steps)
     batches = data.batches(len(thumbs), config.batch_size, config.seed)
-    for lr, rows in itertools.islice(zip(rates, batches), start, None):
+    for step, (lr, rows) in enumerate(zip(rates, batches)):
+        if step < start:
+            continue
         optimizer.param_groups[0]["lr"] = lr
         batch = thumbs.take(rows)
         logps = response_logps(policy, batch.examples + batch.mismatched)  # (2B,)
