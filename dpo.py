@@ -6,13 +6,14 @@ Every function takes tensors, never a model: what is here can be checked with pe
     Eq. 3   max over π of E[r(x, y)] − β KL(π‖π_ref)         what a policy is trained for
     Eq. 4   π*(y|x) = π_ref(y|x) exp(r(x, y)/β) / Z(x)       its optimum
     Eq. 5   r(x, y) = β log π*(y|x)/π_ref(y|x) + β log Z(x)  the same, solved for the reward
+    Eq. 6   p(y ≻ y'|x) = σ(r̂(x, y) − r̂(x, y'))             Eq. 5 in Eq. 1: Z(x) cancels
     Eq. 7   −log σ(β log π_θ(y_w|x)/π_ref(y_w|x) − β log π_θ(y_l|x)/π_ref(y_l|x))
-            Eq. 5 in Eq. 1, where Z(x) cancels; the loss of one label
+            the loss of one pair: the negative log of Eq. 6
 
     name here                          paper        meaning
     prompt, chosen, rejected           x, y_w, y_l  a question, the preferred response, the other
     policy, reference                  π_θ, π_ref   the model being trained; the frozen SFT model
-    beta                               β            how much a nat of KL to the reference costs
+    beta                               β            what a nat of KL to the reference costs in Eq. 3
     *_logps                            log π(y|x)   summed over the response's tokens, in nats
     chosen_rewards, rejected_rewards   r̂            β log(π_θ/π_ref): Eq. 5 but for β log Z(x)
     margins                            r̂_w − r̂_l    what the sigmoid of Eq. 7 sees
@@ -53,9 +54,9 @@ def dpo_loss(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Eq. 7 for every pair: −log σ(r̂_w − r̂_l), the negative log-likelihood of its label.
 
-    Nobody can compute Z(x), but it is the same for both responses to a prompt, and cancels in the
-    difference of their rewards. The gradient is −β σ(r̂_l − r̂_w) (∇log π(y_w) − ∇log π(y_l)): large
-    where the order of the two is wrong.
+    Z(x) is a sum over all texts, which nobody can compute for a real model. It is the same for both
+    responses to a prompt, so it cancels in the difference of their rewards. The gradient is
+    −β σ(r̂_l − r̂_w) (∇log π(y_w) − ∇log π(y_l)): it is large where the order of the two is wrong.
 
     Four log-probabilities (B,) -> (losses, chosen_rewards, rejected_rewards), each (B,): no mean is
     taken, and the rewards carry no gradient.

@@ -66,7 +66,7 @@ class GPT(nn.Module):
 
     def __init__(self, config):
         super().__init__()
-        self.config, self.learnt = config, {}  # learnt: what save() notes of the texts it has seen
+        self.config, self.learnt = config, {}  # learnt: what save() notes about its texts
         self.wte = nn.Embedding(config.vocab_size, config.n_embd)
         self.wpe = nn.Embedding(config.block_size, config.n_embd)
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.n_layer))
@@ -123,14 +123,16 @@ class GPT(nn.Module):
         real, positions = positions >= 0, positions.clamp(min=0)  # (B, T) each
         causal = torch.ones(longest, longest, dtype=torch.bool, device=ids.device).tril()
         mask = causal & real[:, None, :]  # (B, T, T)
-        mask |= torch.eye(longest, dtype=torch.bool, device=ids.device)  # an empty softmax is NaN
+        mask |= torch.eye(
+            longest, dtype=torch.bool, device=ids.device
+        )  # a row that sees nothing would be NaN
         mask = mask[:, None]  # (B, 1, T, T): the same for all heads
         heads = self.config.n_head
         room = 2, len(prompts), heads, longest + max_new_tokens, self.config.n_embd // heads
         caches = [self.wte.weight.new_empty(room) for _ in self.blocks]
         responses = [[] for _ in prompts]
-        rows = torch.arange(len(prompts), device=ids.device)  # whose response a row is
-        alive = torch.ones_like(rows, dtype=torch.bool)  # not finished
+        rows = torch.arange(len(prompts), device=ids.device)  # which prompt each row answers
+        alive = torch.ones_like(rows, dtype=torch.bool)  # rows that are not finished
         for _ in range(max_new_tokens):
             hidden = self.hidden(ids, positions, mask, caches)[alive, -1]  # (those alive, C)
             ids = ids.new_full((len(rows), 1), end)  # (B, 1)
@@ -159,8 +161,9 @@ def sample(logits, temperature, generator=None):
     if logits.dtype != torch.float64:
         logits = logits.float()
     cumulative = F.softmax(logits / temperature, dim=-1).cumsum(dim=-1)  # (B, V)
-    # The token at which it reaches a uniform share of its end, which rounding keeps from being 1.
-    # (torch.multinomial draws V numbers a row instead of one, which is slow on a CPU.)
+    # The first token whose cumulative probability reaches a uniform number. It is multiplied by
+    # the last cumulative value, because rounding may keep that from being exactly 1.
+    # (torch.multinomial draws V numbers per row instead of one, which is slow on a CPU.)
     chance = 1 - torch.rand(len(logits), 1, generator=generator, device=logits.device)  # (0, 1]
     return (cumulative < chance * cumulative[:, -1:]).sum(dim=-1, keepdim=True)
 

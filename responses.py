@@ -38,7 +38,7 @@ def response_logps_no_grad(model, examples, label="log-probabilities") -> Tensor
 
 
 def sample_responses(model, tokenizer, prompts, config, label, generator=None):
-    """One response a prompt -> N examples (ids, mask), and N texts, None for a response cut off.
+    """One response per prompt -> N examples (ids, mask), and N texts, None for a response cut off.
 
     config: max_new_tokens, and seed, from which a random generator starts if none is given.
     """
@@ -46,7 +46,7 @@ def sample_responses(model, tokenizer, prompts, config, label, generator=None):
     if generator is None:
         generator = torch.Generator(model.wte.weight.device).manual_seed(config.seed)
     kept = 2 * model.config.n_layer * model.config.n_embd * model.config.block_size
-    rows = max(1, min(512, 2**28 // kept))  # k and v of no more than a gigabyte
+    rows = max(1, min(512, 2**28 // kept))  # so that k and v take at most a gigabyte
     for start in tqdm(range(0, len(prompts), rows), label, leave=False, disable=None):
         chunk = [tokenizer.encode_ordinary(prompt) for prompt in prompts[start : start + rows]]
         for prompt, reply in zip(chunk, model.generate(chunk, end, limit, generator=generator)):

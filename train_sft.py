@@ -92,7 +92,7 @@ def make_optimizer(model, weight_decay):
 def cut_rows(tokenizer, texts, context):
     """Texts, each closed by end-of-text, laid end to end and cut -> examples.
 
-    All tokens of a row are scored but the first, which is the last of the row before.
+    All tokens of a row are scored but the first, which is also the last token of the row before.
     """
     stream = [i for text in texts for i in [*tokenizer.encode_ordinary(text), tokenizer.eot_token]]
     if len(stream) <= context:
@@ -124,7 +124,7 @@ def fit(run, examples, held_out, batch_size, steps, lr):
     for metrics in run.track(training, steps):
         run.log(metrics, measure if run.config.sft else dict)
     found = measure()
-    print(f"{run.name}: {found['held-out/loss']:.3f} nats a token on held-out text")
+    print(f"{run.name}: {found['held-out/loss']:.3f} nats per token on held-out text")
     return found
 
 

@@ -133,7 +133,7 @@ def time_dpo(setting):
 
 
 def time_generation(setting):
-    """Our own sampling of 1,024 responses, 512 at once -> tokens a second."""
+    """Our own sampling of 1,024 responses, 512 at once -> tokens per second."""
     reference, tokenizer, pairs = start(replace(setting, pairs=1024))
     prompts = [prompt for prompt, _, _ in pairs]
     started = time.perf_counter()

@@ -110,7 +110,7 @@ def draw(sweeps, line, path):
             axis.scatter(x[:-1], y[:-1], color=color, marker=marker, s=12, alpha=0.5, linewidths=0)
             axis.scatter(x[-1], y[-1], color=color, marker=marker, s=45, label=label)
             label = None
-    axis.set(xlabel="KL(π‖π_ref), nats a response", ylabel="true reward E[r]")
+    axis.set(xlabel="KL(π‖π_ref), nats per response", ylabel="true reward E[r]")
     axis.set(xlim=0, title="held-out questions; large: end of training")
     axis.legend(frameon=False)
     axis.spines[["top", "right"]].set_visible(False)

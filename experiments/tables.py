@@ -73,7 +73,7 @@ def online():
 
 
 def family():
-    head = "method stages models labels seconds E[r] KL garbled wins optimality seeds".split()
+    head = "method stages models labels seconds E[r] KL garbled optimality seeds".split()
     rows = []
     for name, (title, stages, models) in compare.METHODS.items():
         if reports := runs_of("village", name):
@@ -82,10 +82,55 @@ def family():
                 f"{min(report['seconds'] for report in reports):.0f}",
                 of_policies(reports, "reward", ".2f"), of_policies(reports, "kl", ".2f"),
                 mean_of_policies(reports, "garbled", ".1%"),
-                mean_of_policies(reports, "win_rate", ".3f"),
                 of_policies(reports, "optimality", ".1%"), str(len(reports)),
             ])  # fmt: skip
     return table(head, rows)
+
+
+def rlhf():
+    """DPO beside the pipeline that it replaced, and that pipeline with the true reward."""
+    names = "rlhf", "dpo", "ppo_gt"
+    columns = []
+    for name in names:
+        _, stages, models = compare.METHODS[name]
+        reports = runs_of("village", name)
+        reached = [report["policy"]["optimality"] for report in reports]
+        columns.append([
+            str(stages - 1), str(models), f"{reports[0]['labels']:,}",
+            f"{min(report['seconds'] for report in reports):.0f}",
+            mean_of_policies(reports, "win_rate", ".1%"), spread(reached, ".1%"),
+            f"{min(reached):.1%}, {max(reached):.1%}", str(len(reached)),
+        ])  # fmt: skip
+    what = [
+        "stages after fine-tuning", "models in memory while training", "labels",
+        "seconds on one core", "wins against the SFT model", "optimality", "worst and best seed",
+        "seeds",
+    ]  # fmt: skip
+    return table(["", *(compare.METHODS[name][0] for name in names)], [*zip(what, *columns)])
+
+
+def leaky():
+    """From a reference that was fine-tuned for 300 steps only."""
+    names = "dpo", "rpo", "ipo", "sppo", "online"
+    reports = {name: runs_of("leaky", name) for name in names}
+    reached = {n: [r["policy"]["optimality"] for r in found] for n, found in reports.items()}
+    rows = [
+        ["optimality", *(spread(reached[name], ".1%") for name in names)],
+        ["worst seed", *(f"{min(reached[name]):.1%}" for name in names)],
+        ["garbled", *(of_policies(reports[name], "garbled", ".1%") for name in names)],
+    ]
+    return table([f"{len(reached['dpo'])} seeds", *(compare.METHODS[n][0] for n in names)], rows)
+
+
+def parts():
+    """The parts of DPO's reward: how much of each is still missing."""
+    reports, rows = runs_of("village", "dpo"), []
+    names = ["reward/opening", "reward/answer", "reward/closing"]
+    for row, title in {"reference": "reference", "policy": "DPO", "optimum": "optimum"}.items():
+        cells = [spread([r[row][name] for r in reports], ".2f") for name in names]
+        garbled = spread([r[row]["garbled"] for r in reports], ".1%")
+        rows.append([title, *cells, garbled])
+    return table(["mean over samples", "opening", "answer", "closing", "garbled"], rows)
 
 
 def noise():
@@ -118,9 +163,9 @@ def bench():
     """Speed and memory beside the peer's."""
     runs = results.read("bench")[0]["runs"]
     titles = {
-        "pairs/s": "pairs a second, from texts to the trained policy",
-        "pairs/s in the loop": "pairs a second in the loop alone",
-        "generated tokens/s": "generated tokens a second",
+        "pairs/s": "pairs per second, from texts to the trained policy",
+        "pairs/s in the loop": "pairs per second in the loop alone",
+        "generated tokens/s": "generated tokens per second",
         "peak memory, MB": "peak memory of the process",
     }
     rows = []
@@ -132,9 +177,8 @@ def bench():
     return table(["ours over theirs, median (range)", *runs], rows)
 
 
-TABLES = {
-    function.__name__: function for function in (default, online, family, noise, rates, bench)
-}
+FUNCTIONS = default, online, family, rlhf, leaky, parts, noise, rates, bench
+TABLES = {function.__name__: function for function in FUNCTIONS}
 
 
 def fill(text):

@@ -31,7 +31,7 @@ class Config(flags.Config):
 
 
 def fresh_samples(policy, reference, tokenizer, prompts, config):
-    """One new sample a prompt -> texts, and log π_θ/π_ref (N,), whose mean is the KL divergence."""
+    """One new sample per prompt -> texts, and log π_θ/π_ref (N,), whose mean is the KL."""
     examples, texts = sample_responses(policy, tokenizer, prompts, config, "fresh samples")
     logps = [response_logps_no_grad(model, examples) for model in (policy, reference)]
     return texts, (logps[0] - logps[1]).cpu()

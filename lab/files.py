@@ -116,7 +116,7 @@ def parse(line: bytes):
             first, end = json.JSONDecoder().raw_decode(text)
             if text[end:].strip() == ",":
                 raise ValueError("a comma after the object: take it out, or put the file in [ ]")
-            raise ValueError(f"several objects, the first with {listed(first)}; give one a line")
+            raise ValueError(f"several objects, the first with {listed(first)}; give one per line")
         hint = ": put each object on one line, or all in [ ]" if text == "{" else ""
         raise ValueError(f"not JSON ({error.msg}){hint}")
 

@@ -83,7 +83,7 @@ QUESTIONS = {q.format(name=n): (n, a) for n in NAMES for a in FACTS for q in FAC
 
 def split_questions() -> tuple[list[str], list[str], list[str]]:
     """-> (train, held_out, never): questions to learn from; the same facts asked in words that were
-    kept back, one question a fact; two questions each on facts that only the stories tell."""
+    kept back, one question per fact; two questions each on facts that only the stories tell."""
     rng = random.Random(1)
     facts = sorted(TRUTH)
     rng.shuffle(facts)

@@ -39,7 +39,7 @@ def test_the_pipeline_on_the_village(finished):
     ends = "pt", "jsonl", "json"
     files = {f"{name}.{end}" for name in ("pretrained", "sft", "dpo") for end in ends}
     assert files | {"pairs.jsonl"} == {path.name for path in out.iterdir()}
-    assert "nats a token on held-out text" in sft.stdout and "never asked: " in sft.stdout
+    assert "nats per token on held-out text" in sft.stdout and "never asked: " in sft.stdout
     assert "loss before the first step: 0.6931" in run.stdout and "optimum, Eq. 4" in run.stdout
     assert not run.stderr  # bars are quiet when the output is no terminal
     report = json.loads((out / "dpo.json").read_text())

@@ -39,7 +39,7 @@ LOSSES = {
     "robust": ({"beta": 0.5, "lr": 6e-3}, {"loss_type": "robust", "label_smoothing": 0.1}, 1),
     # Ours is a mean over a pair's two responses, as the authors' is, TRL's their sum.
     "sppo": ({"beta": 0.1, "lr": 3e-4}, {"loss_type": "sppo_hard"}, 2),
-    # TRL takes the mean over all tokens of a batch, ours over each response's: one pair a step.
+    # TRL takes the mean over all tokens of a batch, ours over each response's: so one pair a step.
     "rpo": (
         {"beta": 0.5, "lr": 1e-3, "batch_size": 1},
         {"loss_type": ["sigmoid", "sft"], "loss_weights": [1, 0.1]},

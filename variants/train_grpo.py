@@ -72,7 +72,7 @@ def policy_gradient_loss(logps, old_logps, mask, advantages, clip):
 
 @torch.no_grad()
 def roll_out(models, prompts, config, generator):
-    """One response a prompt, by the policy as it is now.
+    """One response per prompt, by the policy as it is now.
 
     -> texts; ids and mask (B, T); log π_ref of every token (B, T-1).
     """

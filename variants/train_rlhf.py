@@ -36,7 +36,7 @@ from variants.train_grpo import roll_out
 class Config(evaluate.Config):
     true_reward: bool = flag(False, "the village's own reward in place of a learned one")
     num_pairs: int = flag(24_000, "pairs for the reward model")
-    batch_size: int = flag(64, "pairs a step of the reward model")
+    batch_size: int = flag(64, "pairs in each step of the reward model")
     reward_lr: float = flag(1e-3, "highest learning rate of the reward model, by AdamW")
     reward_epochs: int = flag(2, "passes of the reward model over its pairs")
     kl_beta: float = flag(0.5, "weight of the KL in training")

@@ -5,7 +5,7 @@ round's reference.
     python variants/train_selfplay.py --judge model   the same, labelled by a reward model (RLAIF)
     python variants/train_selfplay.py --spin          SPIN (Chen et al. 2024, arXiv:2401.01335)
 
-SPPO: K responses to a question are compared with each other, with one label a pair (Eq. 1); wins
+SPPO: K responses to a question are compared with each other, with one label per pair (Eq. 1); wins
 over K − 1 estimate how often a response beats the policy that wrote it (as in SPO,
 arXiv:2401.04056). --judge model: round 1's labels train a reward model, which labels the others.
 SPIN: demonstrations, all kind and true, are preferred to the policy's own samples by DPO's loss. It
@@ -51,7 +51,7 @@ class Config(evaluate.Config):
     spin_beta: float = flag(0.5, "β of Eq. 7 in SPIN")
     spin_lr: float = flag(6e-3, "the highest learning rate of SPIN")
     lr: float = flag(5e-4, "the highest learning rate of SPPO")
-    batch_size: int = flag(64, "responses a step; with --spin, pairs")
+    batch_size: int = flag(64, "responses in each step; with --spin, pairs")
     reward_lr: float = flag(1e-3, "highest learning rate of the reward model, by AdamW")
     reward_epochs: int = flag(2, "passes of the reward model over its pairs")
 
