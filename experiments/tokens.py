@@ -1,0 +1,68 @@
+"""Where the implicit reward sits, as a picture: what tools/look.py prints, of two responses.
+
+    python experiments/tokens.py out     OUT/sft.pt and OUT/dpo.pt -> assets/tokens.svg
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+import matplotlib
+import matplotlib.pyplot as plt
+import torch
+
+sys.path.insert(0, str(Path(__file__).parent.parent))  # run from anywhere
+import dpo
+from lab import runs, village
+from tools import look
+
+matplotlib.rcParams["svg.hashsalt"] = "tokens"  # the same models give the same file
+QUESTION = "What is the job of Mara?"
+RESPONSES = " Gladly! Mara is a weaver. Take care!", " Ugh. Mara is a smith. I think."
+BETA = 0.5
+
+
+def draw(rows, path):
+    """rows: of each response its tokens, their shares of its implicit reward, and what to say."""
+    figure, axis = plt.subplots(figsize=(9, 2.6), layout="constrained")
+    for y, (words, values, said) in zip((1, 0), rows):
+        x = 0.0
+        for word, value in zip(words, values):
+            width = max(len(word), 5) + 0.6
+            color = [c / 255 for c in look.tint(value)]
+            axis.add_patch(plt.Rectangle((x, y), width, 0.34, color=color, ec="white"))
+            middle = {"ha": "center", "va": "center", "fontsize": 8}
+            axis.text(x + width / 2, y + 0.17, word.strip(), **middle)
+            axis.text(x + width / 2, y - 0.12, f"{value:+.2f}", **middle)
+            x += width
+        axis.text(0, y + 0.48, said, fontsize=9, va="center")
+    axis.set(xlim=(0, 105), ylim=(-0.3, 1.65))
+    axis.set_axis_off()
+    figure.savefig(path, metadata={"Date": None})
+    print(f"wrote {path}")
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("out", nargs="?", default="out", help="folder of a finished run")
+    parser.add_argument("--picture", default="assets/tokens.svg", help="the file to draw")
+    options = parser.parse_args()
+    (policy, tokenizer), (reference, _) = (
+        runs.load_checkpoint(f"{options.out}/{name}.pt") for name in ("dpo", "sft")
+    )
+    rows, sums = [], []
+    for text in RESPONSES:
+        words, values = look.shares((policy, reference), tokenizer, QUESTION, text, BETA)
+        sums.append(values.sum())
+        reward = village.reward(QUESTION, text)
+        said = f"implicit reward r̂ = {sums[-1]:+.2f}, true reward {reward:+g}"
+        rows.append((words, values.tolist(), said))
+    p = dpo.preference_probability(*sums)
+    true_rewards = torch.tensor([village.reward(QUESTION, text) for text in RESPONSES])
+    truth = dpo.preference_probability(*true_rewards)
+    print(f"the first is preferred with probability {p:.3f} by Eq. 6, {truth:.3f} in truth")
+    draw(rows, options.picture)
+
+
+if __name__ == "__main__":
+    main()
