@@ -1,6 +1,8 @@
 """Where the implicit reward sits, as a picture: what tools/look.py prints, of two responses.
 
     python experiments/tokens.py out     OUT/sft.pt and OUT/dpo.pt -> assets/tokens.svg
+
+Needs matplotlib, as all pictures do (requirements-dev.txt).
 """
 
 import argparse
@@ -24,19 +26,19 @@ BETA = 0.5
 
 def draw(rows, path):
     """rows: of each response its tokens, their shares of its implicit reward, and what to say."""
-    figure, axis = plt.subplots(figsize=(9, 2.6), layout="constrained")
+    figure, axis = plt.subplots(figsize=(8, 2.7), layout="constrained")
     for y, (words, values, said) in zip((1, 0), rows):
         x = 0.0
         for word, value in zip(words, values):
             width = max(len(word), 5) + 0.6
             color = [c / 255 for c in look.tint(value)]
-            axis.add_patch(plt.Rectangle((x, y), width, 0.34, color=color, ec="white"))
+            axis.add_patch(plt.Rectangle((x, y), width, 0.34, facecolor=color, edgecolor="0.8"))
             middle = {"ha": "center", "va": "center", "fontsize": 8}
             axis.text(x + width / 2, y + 0.17, word.strip(), **middle)
             axis.text(x + width / 2, y - 0.12, f"{value:+.2f}", **middle)
             x += width
         axis.text(0, y + 0.48, said, fontsize=9, va="center")
-    axis.set(xlim=(0, 105), ylim=(-0.3, 1.65))
+    axis.set(xlim=(-0.5, 74), ylim=(-0.3, 1.65), title=QUESTION)
     axis.set_axis_off()
     figure.savefig(path, metadata={"Date": None})
     print(f"wrote {path}")
