@@ -39,6 +39,20 @@ def test_the_table_of_flipped_labels_by_hand(folder):
     assert [*results.read("village")] == [9, 10]
 
 
+def test_the_table_of_rlhf_by_hand(folder):
+    """DPO on two seeds, the others on one: fastest seconds, worst and best, no spread of one."""
+    runs = {"dpo": [(0.9, 30.0), (0.8, 20.0)], "rlhf": [(0.7, 60.0)], "ppo_gt": [(0.95, 50.0)]}
+    for name, found in runs.items():
+        for seed, (optimality, seconds) in enumerate(found):
+            policy = {"optimality": optimality, "win_rate": 0.75}
+            figures = {"policy": policy, "labels": 24_000, "seconds": seconds}
+            results.keep("village", seed, "sft", name, figures)
+    lines = tables.rlhf()
+    assert "| seconds on one core | 60 | 20 | 50 |" in lines
+    assert "| optimality | 70.0% | 85.0% ± 7.1% | 95.0% |" in lines
+    assert "| worst and best seed | 70.0%, 70.0% | 80.0%, 90.0% | 95.0%, 95.0% |" in lines
+
+
 def test_a_run_is_kept_and_is_stale_once_its_code_has_changed(folder, monkeypatch):
     results.keep("village", 0, "sft", "dpo", FIGURES)
     results.keep("village", 0, "sft", "ipo", FIGURES, ("variants/losses",))
