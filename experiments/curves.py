@@ -77,7 +77,7 @@ def draw(steps, report, path):
         title = kind if len(names) > 1 else names[0]
         note = "; dotted: ln 2" * (title == "held-out/loss")
         axis.set(title=title, xlabel="step" + note)
-        axis.margins(y=0.3)
+        axis.margins(y=0.2 + 0.15 * len(names))  # room for the legend
         if len(names) > 1:
             axis.legend(frameon=False, fontsize=8)
         axis.spines[["top", "right"]].set_visible(False)
