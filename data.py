@@ -25,7 +25,7 @@ def train_tokenizer(text: str, vocab_size: int) -> tiktoken.Encoding:
     """Byte-pair encoding (Sennrich et al. 2016, arXiv:1508.07909, Algorithm 1).
 
     Starting from bytes, the two neighbours in a word that occur most often become one token, again
-    and again. Among equals it is those met first in the sorted words. Raises ValueError where the
+    and again. A tie goes to the pair met first in the sorted words. Raises ValueError where the
     text has too few words for vocab_size tokens.
     """
     if vocab_size < 256:
@@ -124,6 +124,7 @@ JINJA_TEMPLATE = (
 
 
 def join_ids(prompt_ids: list[int], response_ids: list[int]) -> tuple[list, list]:
+    """-> the example (ids, mask): False on the prompt's tokens, True on the response's."""
     return prompt_ids + response_ids, [False] * len(prompt_ids) + [True] * len(response_ids)
 
 

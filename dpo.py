@@ -15,7 +15,7 @@ Every function takes tensors, never a model: what is here can be checked with pe
     policy, reference                  π_θ, π_ref   the model being trained; the frozen SFT model
     beta                               β            what a nat of KL to the reference costs in Eq. 3
     *_logps                            log π(y|x)   summed over the response's tokens, in nats
-    chosen_rewards, rejected_rewards   r̂            β log(π_θ/π_ref): Eq. 5 but for β log Z(x)
+    chosen_rewards, rejected_rewards   r̂            β log(π_θ/π_ref): Eq. 5 without β log Z(x)
     margins                            r̂_w − r̂_l    what the sigmoid of Eq. 7 sees
 """
 
@@ -32,7 +32,7 @@ def token_logps(logits: Tensor, ids: Tensor, mask: Tensor) -> Tensor:
     """
     assert mask.dtype == torch.bool and ids.shape == mask.shape == logits.shape[:2]
     if logits.dtype != torch.float64:
-        logits = logits.float()  # bfloat16 keeps 8 bits: too few for a sum over a sequence
+        logits = logits.float()  # bfloat16 has 8 bits of precision: too few for a long sum
     # The shift by one: the logits at position t predict the token at t + 1.
     logits, targets, scored = logits[:, :-1], ids[:, 1:], mask[:, 1:]
     logps = F.log_softmax(logits, dim=-1)  # (B, T-1, V)
@@ -56,7 +56,8 @@ def dpo_loss(
 
     Z(x) is a sum over all texts, which nobody can compute for a real model. It is the same for both
     responses to a prompt, so it cancels in the difference of their rewards. The gradient is
-    −β σ(r̂_l − r̂_w) (∇log π(y_w) − ∇log π(y_l)): it is large where the order of the two is wrong.
+    −β σ(r̂_l − r̂_w) (∇log π(y_w) − ∇log π(y_l)): a step against it raises log π(y_w) and lowers
+    log π(y_l), most where the order of the two is wrong.
 
     Four log-probabilities (B,) -> (losses, chosen_rewards, rejected_rewards), each (B,): no mean is
     taken, and the rewards carry no gradient.

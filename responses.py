@@ -14,8 +14,8 @@ def response_logps(model, examples) -> Tensor:
     # Examples of like length go through the model together, because padding costs time too.
     order = sorted(range(len(examples)), key=lambda i: len(examples[i][0]))
     longest = len(examples[order[-1]][0])
-    # A CPU is fastest with few at a time. The logits of a chunk, 2^26 numbers at most, are freed
-    # before the next one's if no gradient is asked for; if one is, --grad-accum saves memory.
+    # A CPU is fastest with few at a time. A chunk has at most 2^26 logits. Without a gradient they
+    # are freed before the next chunk's; with one they are kept, and --grad-accum saves memory.
     chunk = max(1, min(32 if device.type == "cpu" else 512, 2**26 // (longest * vocab_size)))
     logps = []
     for start in range(0, len(order), chunk):

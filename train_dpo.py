@@ -29,7 +29,8 @@ from responses import response_logps, response_logps_no_grad
 
 @dataclass
 class Config(evaluate.Config):
-    """The settings of DPO. Inherited: seed, out, device, dtype, init, max_new_tokens, eval_*."""
+    """The settings of DPO. Inherited: seed, out, device, dtype, init, max_new_tokens, eval_*.
+    own: the default for your own pairs, where 0 means that it is computed from the file."""
 
     beta: float = flag(0.5, "β of Eq. 7, and of Eq. 3, by which the report judges the policy")
     lr: float = flag(6e-3, "highest rate; your own data's falls with the responses' length", own=0)
@@ -48,7 +49,7 @@ class Config(evaluate.Config):
 
 @dataclass
 class Pairs:
-    """N preference pairs with the reference's log-probabilities. A batch is one of fewer pairs."""
+    """N preference pairs with the reference's log-probabilities. A batch is a smaller one."""
 
     chosen: list  # N examples (ids, mask): a prompt and its preferred response
     rejected: list  # N examples: the same prompts, the other responses
@@ -59,7 +60,6 @@ class Pairs:
         return len(self.chosen)
 
     def take(self, rows):
-        """The pairs at these indices."""
         chosen = [self.chosen[i] for i in rows]
         rejected = [self.rejected[i] for i in rows]
         return Pairs(chosen, rejected, self.ref_chosen_logps[rows], self.ref_rejected_logps[rows])
@@ -119,7 +119,7 @@ def train(policy, optimizer, pairs, config, loss_fn=pair_losses, start=0):
         optimizer.param_groups[0]["lr"] = lr
         parts = []
         for k in range(min(config.grad_accum, len(rows))):
-            batch = pairs.take(rows[k :: config.grad_accum])  # B pairs
+            batch = pairs.take(rows[k :: config.grad_accum])  # every grad_accum-th: B pairs
             logps = response_logps(policy, batch.chosen + batch.rejected)  # (2B,)
             policy_chosen_logps, policy_rejected_logps = logps.chunk(2)  # (B,) each
             losses = loss_fn(policy_chosen_logps, policy_rejected_logps, batch, config)  # (B,)
@@ -148,7 +148,7 @@ def held_out_metrics(policy, pairs, config, loss_fn=pair_losses):
 def check_start(policy, pairs, config, loss_fn=pair_losses):
     """Check that the policy starts as the reference, where Eq. 7 is −log σ(0) = 0.6931 a pair.
 
-    Any loss must be what it is with the reference's log-probabilities in place of the policy's.
+    Any loss must equal what it is with the reference's log-probabilities put in both places.
     """
     batch = pairs.take(range(min(config.batch_size, len(pairs))))
     logps = response_logps(policy, batch.chosen + batch.rejected).chunk(2)
