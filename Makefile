@@ -22,7 +22,7 @@ RUNS ?= out
 
 figures: .venv/installed-dev
 	.venv/bin/python experiments/curves.py $(RUNS) --picture assets/curves.svg
-	.venv/bin/python experiments/tokens.py $(firstword $(RUNS))
+	.venv/bin/python experiments/tokens.py $(firstword $(RUNS)) --picture assets/tokens.svg
 
 tables: .venv/installed
 	.venv/bin/python experiments/tables.py

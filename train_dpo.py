@@ -8,7 +8,7 @@ Eq. 7 of the paper, the loss of one pair:
     python train_dpo.py --resume            go on where a run was interrupted
 
 Writes out/dpo.pt, the trained policy; out/dpo.jsonl, the metrics of each step; out/dpo.json, the
-report; out/pairs.jsonl, the village's pairs. While it runs, out/dpo.part.pt is for --resume.
+report; out/pairs.jsonl, or out/used_pairs/ of your own pairs. out/dpo.part.pt is for --resume.
 """
 
 import copy

@@ -7,6 +7,7 @@ reward levels, how often the policy earns each; and within levels, where π* kee
 proportions, so that another preference is KL paid for nothing. All garbled texts count as one.
 """
 
+import argparse
 import json
 import sys
 from pathlib import Path
@@ -32,8 +33,12 @@ def split_gap(logps, best_logps, rewards):
 
 
 def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("folders", nargs="*", default=["out"], help="of runs in the village")
     _, questions, _ = village.split_questions()
-    for folder in sys.argv[1:] or ["out"]:
+    for folder in parser.parse_args().folders:
+        if not (Path(folder) / "dpo.json").exists() or not (Path(folder) / "pairs.jsonl").exists():
+            raise SystemExit(f"{folder} has no finished run of train_dpo.py in the village")
         beta = json.loads((Path(folder) / "dpo.json").read_text())["config"]["beta"]
         reference, tokenizer = runs.load_checkpoint(f"{folder}/sft.pt")
         policy, _ = runs.load_checkpoint(f"{folder}/dpo.pt")

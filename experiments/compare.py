@@ -7,8 +7,8 @@
     python experiments/tables.py                             then the tables
 
 A run's figures go to experiments/results/STUDY/SEED.json, and it is not repeated while they are
-there and the code that computed them is the same. Seconds are those from the SFT model on:
-sampling, labels, the reference's pass, training.
+there and the code that computed them is the same: --study mine begins a set of your own. Seconds
+are those from the SFT model on: sampling, labels, the reference's pass, training.
 """
 
 import copy
@@ -317,6 +317,8 @@ def main():
     for seed in seeds:
         kept = results.read(config.study).get(seed, {"runs": {}})["runs"]
         missing = [job for job in jobs if job not in kept or results.is_stale(kept[job])]
+        if not missing:
+            print(f"seed {seed}: all of it is kept in {config.study}; --study NAME measures anew")
         if missing:
             ground = Ground(seed, config.out)
             results.read_file(config.study, seed, ground.sft)  # or refuse before any work

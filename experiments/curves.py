@@ -1,5 +1,9 @@
-"""`python experiments/curves.py out/0 out/1 ...`: the first run's metrics as a picture, and the
-figures of all these runs as tables. Of runs on somebody's own pairs, the first one's picture."""
+"""The metrics of a run as a picture, and the figures of several as tables.
+
+    python experiments/curves.py out/0 out/1 ...   the picture is of the first
+
+Of runs on somebody's own pairs there is only the picture.
+"""
 
 import argparse
 import json
@@ -7,8 +11,11 @@ import math
 import statistics
 from pathlib import Path
 
-import matplotlib
-import matplotlib.pyplot as plt
+try:
+    import matplotlib
+    import matplotlib.pyplot as plt
+except ModuleNotFoundError:
+    raise SystemExit("pictures need matplotlib: pip install -r requirements-dev.txt")
 
 matplotlib.rcParams["svg.hashsalt"] = "curves"  # the same run gives the same file
 
@@ -127,10 +134,11 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("folders", nargs="*", default=["out"], help="of finished runs")
     parser.add_argument("--name", default="dpo", help="of the training: dpo, ipo, ...")
-    parser.add_argument("--picture", help="the file to draw; FOLDER/curves.svg of the first run")
+    parser.add_argument("--picture", help="the file to draw, in place of FOLDER/curves.svg")
     options = parser.parse_args()
     runs = [read_run(folder, options.name) for folder in options.folders]
-    draw(*runs[0], options.picture or f"{options.folders[0]}/curves.svg")
+    name = "curves" if options.name == "dpo" else f"curves-{options.name}"
+    draw(*runs[0], options.picture or f"{options.folders[0]}/{name}.svg")
     if any("optimum" not in report for _, report in runs):
         return
     print_optimum_tables([report for _, report in runs])

@@ -108,7 +108,8 @@ def prompt_of(rng, kind, thing):
 
 
 def make(kind, seed, folder, pairs=1100, demonstrations=800):
-    """Write the three files. A third of the demonstrations are of the preferred sort."""
+    """Write corpus, demonstrations, pairs, and prompts to label. A third of the demonstrations are
+    of the preferred sort."""
     rng = random.Random(f"{kind} {seed}")
     answer, flips, _ = KINDS[kind]
     folder = Path(folder)
@@ -129,6 +130,8 @@ def make(kind, seed, folder, pairs=1100, demonstrations=800):
         )
     for name, lines in records.items():
         (folder / f"{name}.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    prompts = [record["prompt"] for record in records["pairs"][:20]]
+    (folder / "prompts.txt").write_text("\n".join(prompt.replace("\n", " ") for prompt in prompts))
 
 
 def judge_by_words(path):
@@ -216,12 +219,18 @@ def print_row(kind, reports):
 
 def main():
     parser = argparse.ArgumentParser(allow_abbrev=False)
-    parser.add_argument("--seeds", default="10,11,12", help="with commas between them")
+    parser.add_argument(
+        "--seeds",
+        default="10,11,12",
+        help="which seeds, with commas between them (default: 10,11,12)",
+    )
     parser.add_argument("--kinds", default="styles,transcripts,unequal,faithful")
     parser.add_argument("--flags", default="", help="for train_dpo.py, in place of its defaults")
     parser.add_argument("--out", default="out/own_data")
     options = parser.parse_args()
     print("|", " | ".join(COLUMNS), "|\n" + "|---" * len(COLUMNS) + "|")
+    if unknown := {*options.kinds.split(",")} - {*KINDS}:
+        raise SystemExit(f"--kinds: no {', '.join(unknown)} among {', '.join(KINDS)}")
     for kind in options.kinds.split(","):
         seeds, more = options.seeds.split(","), options.flags.split()
         print_row(kind, [run(kind, seed, options.out, more) for seed in seeds])

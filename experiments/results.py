@@ -85,7 +85,9 @@ def read_file(study, seed, sft):
     path = RESULTS / study / f"{seed}.json"
     file = json.loads(path.read_text("utf-8")) if path.exists() else {"sft": sft, "runs": {}}
     if file["sft"] != sft:
-        raise SystemExit(f"{path} is of another fine-tuned model: remove it to measure all anew")
+        raise SystemExit(
+            f"{path} is of another fine-tuned model: remove it, or take another --study"
+        )
     return file
 
 

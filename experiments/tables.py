@@ -218,6 +218,7 @@ def main():
         for seed, file in results.read(folder.name).items():
             if stale := [name for name, run in file["runs"].items() if results.is_stale(run)]:
                 print(f"stale: {folder.name}, seed {seed}: {', '.join(stale)}")
+    print(f"{len(TABLES)} tables are those of experiments/results/")
 
 
 if __name__ == "__main__":

@@ -1,17 +1,22 @@
 """Where the implicit reward sits, as a picture: what tools/look.py prints, of two responses.
 
-    python experiments/tokens.py out     OUT/sft.pt and OUT/dpo.pt -> assets/tokens.svg
+    python experiments/tokens.py out     a run in the village -> OUT/tokens.svg
 
 Needs matplotlib, as all pictures do (requirements-dev.txt).
 """
 
 import argparse
+import json
 import sys
 from pathlib import Path
 
-import matplotlib
-import matplotlib.pyplot as plt
 import torch
+
+try:
+    import matplotlib
+    import matplotlib.pyplot as plt
+except ModuleNotFoundError:
+    raise SystemExit("pictures need matplotlib: pip install -r requirements-dev.txt")
 
 sys.path.insert(0, str(Path(__file__).parent.parent))  # run from anywhere
 import dpo
@@ -47,8 +52,11 @@ def draw(rows, path):
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("out", nargs="?", default="out", help="folder of a finished run")
-    parser.add_argument("--picture", default="assets/tokens.svg", help="the file to draw")
+    parser.add_argument("--picture", help="the file to draw, in place of OUT/tokens.svg")
     options = parser.parse_args()
+    report = Path(options.out) / "dpo.json"
+    if not report.exists() or "optimum" not in json.loads(report.read_text("utf-8")):
+        raise SystemExit(f"{options.out} has no finished run of train_dpo.py in the village")
     (policy, tokenizer), (reference, _) = (
         runs.load_checkpoint(f"{options.out}/{name}.pt") for name in ("dpo", "sft")
     )
@@ -63,7 +71,7 @@ def main():
     true_rewards = torch.tensor([village.reward(QUESTION, text) for text in RESPONSES])
     truth = dpo.preference_probability(*true_rewards)
     print(f"the first is preferred with probability {p:.3f} by Eq. 6, {truth:.3f} in truth")
-    draw(rows, options.picture)
+    draw(rows, options.picture or f"{options.out}/tokens.svg")
 
 
 if __name__ == "__main__":

@@ -62,6 +62,9 @@ def read_config(cls, script):
     for name in ("held_out", "skip_bad", "max_bad"):
         if said.get(name) and not is_own:
             refuse(f"{names[name]} is for files of your own")
+    for name in ("num_pairs", "eval_questions", "eval_samples"):
+        if name in said and is_own:
+            print(f"{script}: {names[name]} is the village's, and not used with your own file")
     if said.get("init"):
         for name in PRETRAINING & {*said}:
             refuse(f"{names[name]} is for a model that is not there yet: --init brings its own")

@@ -69,7 +69,7 @@ def test_the_sums_make_the_probability_of_eq_6(run, models, tokenizer):
         reward = village.reward(QUESTION, text)
         assert f"r̂ = {sums[-1]:+.2f}, true reward {reward:+g}" in printed
     p = 1 / (1 + math.exp(sums[0] - sums[1]))
-    assert f"response 2 is preferred to the first with probability {p:.3f}" in printed
+    assert f"p(response 2 ≻ response 1) = {p:.3f}" in printed
 
 
 def test_without_responses_each_model_gives_one_and_any_prompt_will_do(run):

@@ -158,7 +158,7 @@ def test_trl_takes_the_same_steps(trl, sft, pairs, tmp_path, name):
 
 
 def test_the_way_out_and_back_goes_as_the_docs_say(trl, sft, pairs, tmp_path):
-    """The last block of docs/own-data.md, word for word, on a toy model and pairs."""
+    """The last block of docs/own-data.md, on a toy model and pairs, and without a GPU."""
     model, tokenizer = copy.deepcopy(sft[0]), sft[1]
     (tmp_path / "out/my/used_pairs").mkdir(parents=True)
     rows = [dict(zip(("prompt", "chosen", "rejected"), pair)) for pair in pairs[:40]]

@@ -20,7 +20,7 @@ from pathlib import Path
 import torch
 
 sys.path.insert(0, str(Path(__file__).parent.parent))  # run from anywhere
-from lab import flags, runs
+from lab import files, flags, runs
 from tools.chat import as_learnt
 
 CHOICES = {"1": "pairs", "2": "pairs", "0": "ties", "s": "skipped"}
@@ -43,10 +43,12 @@ def choose(judge, question, responses):
             pass
         return key
     line = json.dumps({"prompt": question, "responses": responses}) + "\n"
-    said = subprocess.run(shlex.split(judge), input=line, stdout=subprocess.PIPE, text=True).stdout
-    if said.strip() not in ("1", "2", "0"):
-        raise SystemExit(f"label.py: the judge must print 1, 2 or 0, not {said.strip()[:40]!r}")
-    return said.strip()
+    run = subprocess.run(shlex.split(judge), input=line, stdout=subprocess.PIPE, text=True)
+    said = run.stdout.strip()
+    if said not in ("1", "2", "0"):
+        status = f"(exit status {run.returncode})"
+        raise SystemExit(f"label.py: the judge must print 1, 2 or 0, not {said[:40]!r} {status}")
+    return said
 
 
 def record_of(model, question, responses, key):
@@ -68,12 +70,12 @@ def main():
     options = parser.parse_args()
     model, tokenizer = runs.load_checkpoint(options.checkpoint)
     paths = {"pairs": Path(options.pairs), "rest": Path(f"{options.pairs}.rest")}
-    files = [path.read_text("utf-8") for path in paths.values() if path.exists()]
-    lines = [line for text in files for line in text.splitlines()]
+    texts = [path.read_text("utf-8") for path in paths.values() if path.exists()]
+    lines = [line for text in texts for line in text.splitlines()]
     done, counts = Counter(json.loads(line)["prompt"] for line in lines), Counter()
     questions = iter(lambda: input("\nprompt> "), "")
     if options.prompts != "-":
-        questions = Path(options.prompts).read_text("utf-8-sig").splitlines()
+        questions = files.read_bytes(options.prompts).decode("utf-8-sig").splitlines()
     generator = torch.Generator().manual_seed(options.seed + len(lines))
     try:
         for question in filter(str.strip, questions):

@@ -4,9 +4,8 @@
     python tools/look.py out "What is the job of Mara?" " Mara is a smith." " Who cares?"
     python tools/look.py out "What is the job of Mara?" --likeliest      the likeliest ten, compared
 
-OUT/sft.pt is the reference and OUT/dpo.pt the policy. Below each token stands its share of the
-implicit reward, β (log π_θ − log π_ref). Their sum is r̂, Eq. 5 without β log Z(x), and of two sums
-Eq. 6 makes a probability. The darker a token, the more it counts: blue for, orange against.
+OUT/sft.pt is the reference, OUT/dpo.pt the policy. Below each token stands its share of r̂, which is
+β (log π_θ − log π_ref). Blue counts for, orange against. Eq. 6 makes a probability of two r̂.
 """
 
 import argparse
@@ -36,8 +35,8 @@ def shares(models, tokenizer, prompt, response, beta):
 
 def tint(value):
     """The colour of a share: from white at 0 to full blue or orange at 2 nats."""
-    strength, end = min(1, abs(value) / 2), BLUE if value > 0 else ORANGE
-    return tuple(round(255 + strength * (c - 255)) for c in end)
+    strength = min(1, abs(value) / 2)
+    return tuple(round(255 + strength * (c - 255)) for c in (BLUE if value > 0 else ORANGE))
 
 
 def paint(words, values, in_colour):
@@ -47,8 +46,8 @@ def paint(words, values, in_colour):
         size = max(len(word), 5) + 1
         if width + size > 98:
             lines, width = [*lines, ["", ""]], 0
-        red, green, blue = tint(value)
-        ink = f"\033[38;5;16;48;2;{red};{green};{blue}m{word}\033[0m" if in_colour else word
+        color = ";".join(map(str, tint(value)))
+        ink = f"\033[38;5;16;48;2;{color}m{word}\033[0m" if in_colour else word
         lines[-1][0] += ink + " " * (size - len(word))
         lines[-1][1] += f"{value:+.2f}".ljust(size)
         width += size
@@ -69,7 +68,7 @@ def likeliest(models, tokenizer, question, beta):
 
 def read_arguments():
     parser = argparse.ArgumentParser(prog="look.py", allow_abbrev=False)
-    parser.add_argument("out")
+    parser.add_argument("out", help="a folder with sft.pt and dpo.pt")
     parser.add_argument("prompt")
     parser.add_argument("responses", nargs="*")
     parser.add_argument("--reference", help="in place of OUT/sft.pt")
@@ -85,32 +84,33 @@ def main():
     paths = options.policy or f"{options.out}/dpo.pt", options.reference or f"{options.out}/sft.pt"
     (policy, tokenizer), (reference, other) = map(runs.load_checkpoint, paths)
     models, prompt, responses = (policy, reference), options.prompt, options.responses
+    titles = [f"response {number}" for number, _ in enumerate(responses, 1)]
     if not prompt.strip():
         raise SystemExit("the prompt is empty")
     if data.tokenizer_state(tokenizer) != data.tokenizer_state(other):
         raise SystemExit("two tokenizers differ")
     is_village = prompt in village.QUESTIONS
-    if options.likeliest and not is_village:
-        raise SystemExit("--likeliest is for the village's questions: python lab/village.py")
     if options.likeliest:
+        if not is_village:
+            raise SystemExit("--likeliest is for the village's questions: python lab/village.py")
         return likeliest(models, tokenizer, prompt, options.beta)
     prompt, limit = as_learnt(policy, prompt)
     if not responses:
         ids = tokenizer.encode_ordinary(prompt)
-        for model in (reference, policy):
-            generator = torch.Generator().manual_seed(options.seed)
-            (reply,) = model.generate([ids], tokenizer.eot_token, limit, generator=generator)
+        for name, model in (("reference", reference), ("policy", policy)):
+            torch.manual_seed(options.seed)
+            (reply,) = model.generate([ids], tokenizer.eot_token, limit)
             responses.append(tokenizer.decode([i for i in reply if i != tokenizer.eot_token]))
+            titles.append(f"a sample of the {name}")
     sums = []
-    for text in responses:
+    for title, text in zip(titles, responses):
         words, values = shares(models, tokenizer, prompt, text, options.beta)
         sums.append(values.sum())
         print(*paint(words, values.tolist(), sys.stdout.isatty()), sep="\n")
         true = f", true reward {village.reward(prompt, text):+g}" if is_village else ""
-        print(f"r̂ = {sums[-1]:+.2f}{true}\n")
-    for i in range(1, len(sums)):
-        p = dpo.preference_probability(sums[i], sums[0])
-        print(f"Eq. 6: response {i + 1} is preferred to the first with probability {p:.3f}")
+        print(f"{title}: r̂ = {sums[-1]:+.2f}{true}\n")
+    for i, r in enumerate(sums[1:], 2):
+        print(f"Eq. 6: p(response {i} ≻ response 1) = {dpo.preference_probability(r, sums[0]):.3f}")
 
 
 if __name__ == "__main__":
