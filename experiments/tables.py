@@ -40,6 +40,10 @@ def mean_of_policies(reports, name, style):
     return f"{statistics.fmean(report['policy'][name] for report in reports):{style}}"
 
 
+def thousands(count):
+    return f"{count / 1000:.0f}k" if count >= 1000 else str(count)
+
+
 def default():
     head = ["held-out questions", "E[reward]", "KL(π‖π_ref)", "J = E[r] − βKL", "optimality"]
     reports, rows = runs_of("village", "dpo"), []
@@ -62,7 +66,7 @@ def online():
             reached = [report["policy"]["optimality"] for report in reports]
             share = [r["policy"]["kl/garbled"] / r["policy"]["kl"] for r in reports]
             rows.append([
-                compare.METHODS[name][0], f"{reports[0]['labels']:,}",
+                compare.METHODS[name][0], thousands(reports[0]["labels"]),
                 of_policies(reports, "reward", ".2f"), of_policies(reports, "kl", ".2f"),
                 mean_of_policies(reports, "garbled", ".1%"), f"{statistics.fmean(share):.1%}",
                 spread(reached, ".1%"), f"{statistics.median(reached):.1%}, {min(reached):.1%}",
@@ -73,14 +77,14 @@ def online():
 
 
 def family():
-    head = "method stages models labels seconds E[r] KL garbled optimality seeds".split()
+    head = "method labels seconds E[r] KL garbled optimality seeds".split()
     rows = []
-    for name, (title, stages, models) in compare.METHODS.items():
-        if reports := runs_of("village", name):
+    for name, (title, *_) in compare.METHODS.items():
+        if (reports := runs_of("village", name)) and not name.startswith(("online", "ai_")):
             rows.append([
-                title, str(stages), str(models), f"{reports[0]['labels']:,}",
+                title, thousands(reports[0]["labels"]),
                 f"{min(report['seconds'] for report in reports):.0f}",
-                of_policies(reports, "reward", ".2f"), of_policies(reports, "kl", ".2f"),
+                mean_of_policies(reports, "reward", ".2f"), mean_of_policies(reports, "kl", ".2f"),
                 mean_of_policies(reports, "garbled", ".1%"),
                 of_policies(reports, "optimality", ".1%"), str(len(reports)),
             ])  # fmt: skip
@@ -96,7 +100,7 @@ def rlhf():
         reports = runs_of("village", name)
         reached = [report["policy"]["optimality"] for report in reports]
         columns.append([
-            str(stages - 1), str(models), f"{reports[0]['labels']:,}",
+            str(stages - 1), str(models), thousands(reports[0]["labels"]),
             f"{min(report['seconds'] for report in reports):.0f}",
             mean_of_policies(reports, "win_rate", ".1%"), spread(reached, ".1%"),
             f"{min(reached):.1%}, {max(reached):.1%}", str(len(reached)),

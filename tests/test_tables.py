@@ -49,6 +49,7 @@ def test_the_table_of_rlhf_by_hand(folder):
             results.keep("village", seed, "sft", name, figures)
     lines = tables.rlhf()
     assert "| seconds on one core | 60 | 20 | 50 |" in lines
+    assert "| labels | 24k | 24k | 24k |" in lines
     assert "| optimality | 70.0% | 85.0% ± 7.1% | 95.0% |" in lines
     assert "| worst and best seed | 70.0%, 70.0% | 80.0%, 90.0% | 95.0%, 95.0% |" in lines
 
