@@ -113,9 +113,7 @@ def train(policy, optimizer, pairs, config, loss_fn=pair_losses, start=0):
     steps = count_steps(config, len(pairs))
     rates = data.learning_rates(config.lr, steps)
     batches = data.batches(len(pairs), config.batch_size, config.seed)
-    for step, (lr, rows) in enumerate(zip(rates, batches)):
-        if step < start:
-            continue
+    for lr, rows in list(zip(rates, batches))[start:]:
         optimizer.param_groups[0]["lr"] = lr
         parts = []
         for k in range(min(config.grad_accum, len(rows))):

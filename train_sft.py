@@ -68,9 +68,7 @@ def train_supervised(model, optimizer, examples, batches, rates, start=0, grad_a
     batches: for each step the indices of its examples. rates: for each step its learning rate.
     grad_accum: into how many parts a batch is cut, each with a backward pass of its own.
     """
-    for step, (lr, rows) in enumerate(zip(rates, batches)):
-        if step < start:
-            continue
+    for lr, rows in list(zip(rates, batches))[start:]:
         optimizer.param_groups[0]["lr"] = lr
         batch = [examples[i] for i in rows]
         scored, loss = sum(sum(mask) for _, mask in batch), 0

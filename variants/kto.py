@@ -86,9 +86,7 @@ def train_kto(policy, optimizer, thumbs, config, start=0):
     steps = count_steps(config, len(thumbs))
     rates = data.learning_rates(config.lr, steps)
     batches = data.batches(len(thumbs), config.batch_size, config.seed)
-    for step, (lr, rows) in enumerate(zip(rates, batches)):
-        if step < start:
-            continue
+    for lr, rows in list(zip(rates, batches))[start:]:
         optimizer.param_groups[0]["lr"] = lr
         batch = thumbs.take(rows)
         logps = response_logps(policy, batch.examples + batch.mismatched)  # (2B,)
