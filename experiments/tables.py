@@ -137,29 +137,38 @@ def parts():
     return table(["mean over samples", "opening", "answer", "closing", "garbled"], rows)
 
 
+def with_error(reports):
+    """Mean optimality, in brackets its standard error from sampling, whatever the seeds do."""
+    policies = [report["policy"] for report in reports]
+    mean = statistics.fmean(policy["optimality"] for policy in policies)
+    error = sum(policy["optimality_se"] ** 2 for policy in policies) ** 0.5 / len(policies)
+    return f"{mean:.1%} ({error:.1%})"
+
+
 def noise():
     rows = []
     for name in ("dpo", "ipo", "cdpo", "robust"):
         found = [runs_of("village", f"{name}_flip_{share}") for share in compare.NOISE]
-        cells = [[report["policy"]["optimality"] for report in reports] for reports in found]
-        cells = [spread(values, ".1%") if values else "" for values in cells]
+        cells = [with_error(reports) if reports else "" for reports in found]
         rows.append([compare.METHODS[name][0], *cells])
     return table(["labels flipped", *(f"{share:.0%}" for share in compare.NOISE)], rows)
 
 
 def rates():
-    """What the pairs show, the last 50 steps, beside what fresh samples show."""
-    head = ["run", "loss", "accuracy", "garbled", "E[r]", "KL", "optimality", "worst", "seeds"]
-    titles = {"dpo": "the default: SGD 6e-3, 24,000 pairs"} | {n: n for n in compare.RATES}
+    """What the pairs show, the last 50 steps, beside what fresh samples show, on the same seeds."""
+    head = ["run", "loss", "accuracy", "garbled", "E[r]", "KL", "optimality", "seeds"]
+    files = [file["runs"] for file in results.read("village").values()]
+    files = [runs for runs in files if {*runs} & {*compare.RATES}]
     rows = []
-    for name, title in titles.items():
-        if reports := runs_of("village", name):
-            cells = [spread([r[n] for r in reports], ".3f") for n in ("loss", "rewards/accuracies")]
-            cells += [of_policies(reports, "garbled", ".1%")]
-            cells += [of_policies(reports, name, ".2f") for name in ("reward", "kl")]
-            cells += [of_policies(reports, "optimality", ".1%")]
-            worst = min(report["policy"]["optimality"] for report in reports)
-            rows.append([title, *cells, f"{worst:.1%}", str(len(reports))])
+    for name, flags in {"dpo": ["the default"], **compare.RATES}.items():
+        if reports := [runs[name]["figures"] for runs in files if name in runs]:
+            means = [
+                f"{statistics.fmean(report[n] for report in reports):.3f}"
+                for n in ("loss", "rewards/accuracies")
+            ]
+            means += [mean_of_policies(reports, "garbled", ".1%")]
+            means += [mean_of_policies(reports, n, ".2f") for n in ("reward", "kl")]
+            rows.append([" ".join(flags), *means, with_error(reports), str(len(reports))])
     return table(head, rows)
 
 

@@ -31,11 +31,11 @@ def test_a_table_is_filled_between_its_marks(monkeypatch):
 
 
 def test_the_table_of_flipped_labels_by_hand(folder):
-    """Two seeds, 0.5 and 0.7: their mean, and √0.02 as their standard deviation."""
-    for seed, optimality in ((10, 0.5), (9, 0.7)):
-        figures = {"policy": {"optimality": optimality}}
+    """Two seeds, 0.5 and 0.7: their mean, and the error of that, √(0.03² + 0.04²) / 2."""
+    for seed, optimality, error in ((10, 0.5, 0.03), (9, 0.7, 0.04)):
+        figures = {"policy": {"optimality": optimality, "optimality_se": error}}
         results.keep("village", seed, "sft", "robust_flip_0.2", figures)
-    assert "| robust DPO |  | 60.0% ± 14.1% |  |" in tables.noise()
+    assert "| robust DPO |  | 60.0% (2.5%) |  |" in tables.noise()
     assert [*results.read("village")] == [9, 10]
 
 
