@@ -19,6 +19,7 @@ import responses
 import train_dpo
 import train_sft
 from experiments import compare, frontier, results
+from lab import flags as lab_flags
 from lab import runs, village
 from lab.pairs import check_village_fits
 from tools import chat
@@ -201,6 +202,13 @@ def test_a_mistake_ends_the_run_in_one_line(monkeypatch, tmp_path, flags, messag
 )
 def test_own_data_that_do_not_go_together_are_refused(monkeypatch, tmp_path, flags, message):
     assert message in refusal(run_main, monkeypatch, train_sft, *flags, f"--out={tmp_path}")
+
+
+def test_flags_of_the_village_beside_own_pairs_are_said_to_be_unused(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["train_dpo.py", "--pairs=my.jsonl", "--num-pairs=5"])
+    lab_flags.read_config(train_dpo.Config, "train_dpo.py")
+    unused = "train_dpo.py: --num-pairs is the village's, and not used with your own file\n"
+    assert capsys.readouterr().out == unused
 
 
 def test_a_bad_pairs_file_stops_before_any_work(finished, monkeypatch, tmp_path):
