@@ -57,7 +57,7 @@ def default():
 
 def online():
     head = [
-        "method", "labels", "E[reward]", "KL", "garbled", "their share of the KL", "optimality",
+        "method", "labels", "E[reward]", "KL", "garbled", "garbled texts' KL", "optimality",
         "median, worst", "never asked", "seeds",
     ]  # fmt: skip
     rows = []
