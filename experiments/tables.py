@@ -115,15 +115,14 @@ def rlhf():
 
 def leaky():
     """From a reference that was fine-tuned for 300 steps only."""
-    names = "dpo", "rpo", "ipo", "sppo", "online"
-    reports = {name: runs_of("leaky", name) for name in names}
-    reached = {n: [r["policy"]["optimality"] for r in found] for n, found in reports.items()}
-    rows = [
-        ["optimality", *(spread(reached[name], ".1%") for name in names)],
-        ["worst seed", *(f"{min(reached[name]):.1%}" for name in names)],
-        ["garbled", *(of_policies(reports[name], "garbled", ".1%") for name in names)],
-    ]
-    return table([f"{len(reached['dpo'])} seeds", *(compare.METHODS[n][0] for n in names)], rows)
+    rows = []
+    for name in ("dpo", "rpo", "ipo", "sppo", "online"):
+        if reports := runs_of("leaky", name):
+            worst = min(report["policy"]["optimality"] for report in reports)
+            garbled = mean_of_policies(reports, "garbled", ".1%")
+            title, count = compare.METHODS[name][0], str(len(reports))
+            rows.append([title, with_error(reports), f"{worst:.1%}", garbled, count])
+    return table(["leaky reference", "optimality", "worst seed", "garbled", "seeds"], rows)
 
 
 def parts():
