@@ -103,8 +103,8 @@ def cut_rows(tokenizer, texts, context):
 
 
 def fit(run, examples, held_out, batch_size, steps, lr):
-    """Take one of the two trainings to its end -> its loss on examples that it has not seen. Of
-    somebody's own data it takes epochs in place of no steps, and keeps the best weights."""
+    """Take one of the two trainings to its end -> its loss on examples that it has not seen. On
+    your own data it makes --max-epochs passes if no steps are given, and keeps the best weights."""
     steps = steps or run.config.max_epochs * math.ceil(len(examples) / batch_size)
     batches = data.batches(len(examples), batch_size, run.config.seed)
     rates = data.learning_rates(lr, steps)
@@ -127,7 +127,7 @@ def fit(run, examples, held_out, batch_size, steps, lr):
 
 
 def check_flags(config):
-    """Refuse in one line what would fail later in many."""
+    """Refuse flags that do not go together, before any work."""
     if bool(config.corpus or config.init) != bool(config.sft) or (config.corpus and config.init):
         together = "--sft goes with --corpus, to pretrain on, or with --init, a pretrained model"
         raise SystemExit(f"train_sft.py: {together}: give two of these, or none")

@@ -98,7 +98,7 @@ def read_records(path: str, wanted: str) -> list[tuple]:
 
 
 def fields_once(fields: list[tuple]) -> dict:
-    """An object of JSON. Of a field that stands there twice, JSON would lose the first."""
+    """A JSON object. Refuses a field that stands there twice: json would drop the first."""
     if len(fields) > len({name for name, _ in fields}):
         raise ValueError(f"a field stands there twice: {listed(name for name, _ in fields)}")
     return dict(fields)

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, fields
 def flag(default, help, choices=(), zero=False, below=math.inf, name="", own=None):
     """A field of a Config that is a flag of the command line, --its-name if none other is given.
 
-    choices: all that may be said. Numbers must be positive, or with zero=True not negative.
+    choices: the values that are allowed. Numbers must be positive, or with zero=True not negative.
     own: the default for somebody's own data, if it is another than the village's.
     """
     limits = {"help": help, "choices": choices, "zero": zero, "below": below, "name": name}
@@ -26,7 +26,7 @@ class Config:
     dtype: str = flag("float32", "bfloat16 autocasts the forward pass", ("float32", "bfloat16"))
 
 
-# What only a model needs that train_sft.py makes itself.
+# Flags of a model that train_sft.py makes itself. With --init it is there already.
 PRETRAINING = set(
     "vocab_size block_size n_layer n_head n_embd pretrain_steps pretrain_lr context".split()
 )

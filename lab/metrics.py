@@ -25,7 +25,7 @@ def check_first_loss(loss, expected, config):
 
 
 def weight_sums(model):
-    """What tells a model from another: for each of its weights the sum."""
+    """A fingerprint of a model: the sum of each of its weights."""
     return [weights.double().sum().item() for weights in model.state_dict().values()]
 
 

@@ -140,7 +140,7 @@ class OwnFile:
         return {"read": self.count, "left_out": left_out}
 
     def remark(self, rows):
-        """Say what is odd about many rows, but may be meant."""
+        """Print what is odd about many rows, although it may be meant."""
         texts = [(row[0], text) for row in rows for text in row[1:] if isinstance(text, str)]
         glued = [p[-12:] + t[:12] for p, t in texts if not p[-1].isspace() and not t[0].isspace()]
         if 2 * len(glued) > len(texts):
@@ -191,8 +191,9 @@ def first_turn(prompt):
 def hold_out(rows, path):
     """-> (rows to train on, rows held out): about one prompt in ten, by a hash of its first turn.
 
-    Nothing else moves it: no other row, no seed, and it is the same in fine-tuning and DPO. Only
-    of a file so small that fewer than two would be held out, the smallest hashes are.
+    It depends on nothing else, neither on other rows nor on the seed, and is the same in
+    fine-tuning and DPO. Only of a file so small that fewer than two prompts would be held out,
+    those with the smallest hashes are.
     """
     turns = [first_turn(row[0]) for row in rows]
     if len({*turns}) == 1:  # all conversations begin alike

@@ -145,8 +145,8 @@ class OwnData:
 
 
 def longer_wins(pairs):
-    """In which share of (prompt, chosen, rejected) texts the longer response is the chosen one,
-    a draw being half: the commonest label that nobody meant to give."""
+    """The share of (prompt, chosen, rejected) texts in which the longer response is the chosen one;
+    equal lengths count half. Labels often follow length, although nobody meant them to."""
     return sum((len(c) > len(r)) + (len(c) == len(r)) / 2 for _, c, r in pairs) / len(pairs)
 
 

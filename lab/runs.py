@@ -187,7 +187,7 @@ class Run:
             self.save(f"{self.path}.part.pt", step=self.step, best=vars(self.best))
 
     def cut_log(self):
-        """Leave only the lines of the steps behind us in the log -> the last of them."""
+        """Cut the log after the steps that are done -> its last lines."""
         self.file.seek(0)
         lines = [self.file.readline() for _ in range(self.step)]
         if not all(line.endswith("\n") for line in lines):

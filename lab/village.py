@@ -155,8 +155,8 @@ def stories(count: int, seed: int) -> list[str]:
 
 
 def every_word() -> str:
-    """Each word of the village once, so that its tokenizer learns rare ones, too; the line break
-    is one of them."""
+    """Each word of the village once, and the line break, so that the tokenizer learns rare words
+    too."""
     texts = [*QUESTIONS, *stories(1000, seed=0), " ".join(OPENINGS), " ".join(CLOSINGS)]
     return "\n".join(sorted({*re.findall(r" ?\w+| ?[^\w\s]+|\n", "\n".join(texts))}))
 

@@ -150,7 +150,7 @@ def orpo_loss(
 def kto_reference_point(policy_logps: Tensor, ref_logps: Tensor) -> Tensor:
     """z: an estimate of KL(π_θ‖π_ref) from prompts with other prompts' responses (B,) -> ().
 
-    No gradient passes. An epoch's last batch may have one row only, and z is then its own.
+    No gradient passes. An epoch's last batch may have one row; z is then that row's.
     """
     return (policy_logps - ref_logps).mean().clamp(min=0).detach()
 

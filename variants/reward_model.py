@@ -1,4 +1,4 @@
-"""What Eq. 2 fits to pairs and DPO makes unnecessary: a scalar head on the SFT model.
+"""The reward model of Eq. 2, which DPO makes unnecessary: a scalar head on the SFT model.
 
 train_rlhf.py optimises a policy against it, train_selfplay.py lets it judge. By Lemma 1 of the
 paper it is known up to a constant for each prompt, which changes neither's optimum.

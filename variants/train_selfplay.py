@@ -164,7 +164,7 @@ def labelled_pairs(prompts, texts, wins):
 
 
 def count_steps(config):
-    """Of all rounds, each over its own responses."""
+    """The steps of all rounds together."""
     responses = config.questions * (1 if config.spin else config.group)
     return config.rounds * math.ceil(responses / config.batch_size)
 
