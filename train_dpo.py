@@ -49,7 +49,7 @@ class Config(evaluate.Config):
 
 @dataclass
 class Pairs:
-    """N preference pairs with the reference's log-probabilities. A batch is a smaller one."""
+    """N preference pairs with the reference's log-probabilities. A batch is a smaller Pairs."""
 
     chosen: list  # N examples (ids, mask): a prompt and its preferred response
     rejected: list  # N examples: the same prompts, the other responses

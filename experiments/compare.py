@@ -317,11 +317,11 @@ def main():
     for seed in seeds:
         kept = results.read(config.study).get(seed, {"runs": {}})["runs"]
         missing = [job for job in jobs if job not in kept or results.is_stale(kept[job])]
-        if not missing:
-            print(f"seed {seed}: all of it is kept in {config.study}; --study NAME measures anew")
         if missing:
             ground = Ground(seed, config.out)
             results.read_file(config.study, seed, ground.sft)  # or refuse before any work
+        else:
+            print(f"seed {seed}: all of it is kept in {config.study}; --study NAME measures anew")
         for job in tqdm(missing, f"seed {seed}", leave=False, disable=None):
             name, settings = jobs[job]
             try:

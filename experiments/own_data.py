@@ -219,18 +219,15 @@ def print_row(kind, reports):
 
 def main():
     parser = argparse.ArgumentParser(allow_abbrev=False)
-    parser.add_argument(
-        "--seeds",
-        default="10,11,12",
-        help="which seeds, with commas between them (default: 10,11,12)",
-    )
+    which = "which seeds, with commas between them (default: %(default)s)"
+    parser.add_argument("--seeds", default="10,11,12", help=which)
     parser.add_argument("--kinds", default="styles,transcripts,unequal,faithful")
     parser.add_argument("--flags", default="", help="for train_dpo.py, in place of its defaults")
     parser.add_argument("--out", default="out/own_data")
     options = parser.parse_args()
-    print("|", " | ".join(COLUMNS), "|\n" + "|---" * len(COLUMNS) + "|")
     if unknown := {*options.kinds.split(",")} - {*KINDS}:
         raise SystemExit(f"--kinds: no {', '.join(unknown)} among {', '.join(KINDS)}")
+    print("|", " | ".join(COLUMNS), "|\n" + "|---" * len(COLUMNS) + "|")
     for kind in options.kinds.split(","):
         seeds, more = options.seeds.split(","), options.flags.split()
         print_row(kind, [run(kind, seed, options.out, more) for seed in seeds])

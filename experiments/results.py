@@ -86,7 +86,7 @@ def read_file(study, seed, sft):
     file = json.loads(path.read_text("utf-8")) if path.exists() else {"sft": sft, "runs": {}}
     if file["sft"] != sft:
         raise SystemExit(
-            f"{path} is of another fine-tuned model: remove it, or take another --study"
+            f"{path} is of another fine-tuned model: remove it, or give compare.py another --study"
         )
     return file
 

@@ -40,6 +40,14 @@ def mean_of_policies(reports, name, style):
     return f"{statistics.fmean(report['policy'][name] for report in reports):{style}}"
 
 
+def with_error(reports):
+    """Mean optimality, in brackets its standard error from sampling, whatever the seeds do."""
+    policies = [report["policy"] for report in reports]
+    mean = statistics.fmean(policy["optimality"] for policy in policies)
+    error = sum(policy["optimality_se"] ** 2 for policy in policies) ** 0.5 / len(policies)
+    return f"{mean:.1%} ({error:.1%})"
+
+
 def thousands(count):
     return f"{count / 1000:.0f}k" if count >= 1000 else str(count)
 
@@ -134,14 +142,6 @@ def parts():
         garbled = spread([r[row]["garbled"] for r in reports], ".1%")
         rows.append([title, *cells, garbled])
     return table(["mean over samples", "opening", "answer", "closing", "garbled"], rows)
-
-
-def with_error(reports):
-    """Mean optimality, in brackets its standard error from sampling, whatever the seeds do."""
-    policies = [report["policy"] for report in reports]
-    mean = statistics.fmean(policy["optimality"] for policy in policies)
-    error = sum(policy["optimality_se"] ** 2 for policy in policies) ** 0.5 / len(policies)
-    return f"{mean:.1%} ({error:.1%})"
 
 
 def noise():

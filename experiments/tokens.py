@@ -6,27 +6,20 @@ Needs matplotlib, as all pictures do (requirements-dev.txt).
 """
 
 import argparse
-import json
 import sys
 from pathlib import Path
 
 import torch
 
-try:
-    import matplotlib
-    import matplotlib.pyplot as plt
-except ModuleNotFoundError:
-    raise SystemExit("pictures need matplotlib: pip install -r requirements-dev.txt")
-
 sys.path.insert(0, str(Path(__file__).parent.parent))  # run from anywhere
 import dpo
+from experiments.curves import plt, read_run
 from lab import runs, village
 from tools import look
 
-matplotlib.rcParams["svg.hashsalt"] = "tokens"  # the same models give the same file
+plt.rcParams["svg.hashsalt"] = "tokens"  # the same models give the same file
 QUESTION = "What is the job of Mara?"
 RESPONSES = " Gladly! Mara is a weaver. Take care!", " Ugh. Mara is a smith. I think."
-BETA = 0.5
 
 
 def draw(rows, path):
@@ -54,15 +47,15 @@ def main():
     parser.add_argument("out", nargs="?", default="out", help="folder of a finished run")
     parser.add_argument("--picture", help="the file to draw, in place of OUT/tokens.svg")
     options = parser.parse_args()
-    report = Path(options.out) / "dpo.json"
-    if not report.exists() or "optimum" not in json.loads(report.read_text("utf-8")):
-        raise SystemExit(f"{options.out} has no finished run of train_dpo.py in the village")
+    _, report = read_run(options.out, "dpo")
+    if "optimum" not in report:
+        raise SystemExit(f"{options.out} is no run in the village")
     (policy, tokenizer), (reference, _) = (
         runs.load_checkpoint(f"{options.out}/{name}.pt") for name in ("dpo", "sft")
     )
-    rows, sums = [], []
+    rows, sums, beta = [], [], report["config"]["beta"]
     for text in RESPONSES:
-        words, values = look.shares((policy, reference), tokenizer, QUESTION, text, BETA)
+        words, values = look.shares((policy, reference), tokenizer, QUESTION, text, beta)
         sums.append(values.sum())
         reward = village.reward(QUESTION, text)
         said = f"implicit reward r̂ = {sums[-1]:+.2f}, true reward {reward:+g}"

@@ -31,6 +31,9 @@ PRETRAINING = set(
     "vocab_size block_size n_layer n_head n_embd pretrain_steps pretrain_lr context".split()
 )
 
+OWN = "held_out", "skip_bad", "max_bad"  # flags that only somebody's own data have
+VILLAGE = "num_pairs", "eval_questions", "eval_samples"  # and only the village
+
 
 def read_config(cls, script):
     """The dataclass's fields as flags of the same names; a mistake ends the run in one line."""
@@ -59,10 +62,10 @@ def read_config(cls, script):
             )  # fmt: skip
     said = vars(parser.parse_args())
     is_own = said.get("pairs") or said.get("sft")
-    for name in ("held_out", "skip_bad", "max_bad"):
+    for name in OWN:
         if said.get(name) and not is_own:
             refuse(f"{names[name]} is for files of your own")
-    for name in ("num_pairs", "eval_questions", "eval_samples"):
+    for name in VILLAGE:
         if name in said and is_own:
             print(f"{script}: {names[name]} is the village's, and not used with your own file")
     if said.get("init"):
@@ -86,12 +89,8 @@ def read_config(cls, script):
 def used(config):
     """The settings that a run has made use of, for its report."""
     settings = vars(config)
-    village, own = (
-        {"num_pairs", "eval_questions", "eval_samples"},
-        {"held_out", "skip_bad", "max_bad"},
-    )
     is_own = settings.get("pairs") or settings.get("sft")
-    idle = village if is_own else own | {"pairs", "sft", "corpus", "max_epochs"}
+    idle = {*VILLAGE} if is_own else {*OWN, "pairs", "sft", "corpus", "max_epochs"}
     idle |= {"momentum"} if settings.get("optimizer") == "adamw" else set()
     idle |= PRETRAINING | {"corpus"} if settings.get("init") else set()
     by_data = "pretrain_steps", "steps", "lr", "epochs", "max_new_tokens"  # 0 until data are seen

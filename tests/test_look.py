@@ -72,8 +72,16 @@ def test_the_sums_make_the_probability_of_eq_6(run, models, tokenizer):
     assert f"p(response 2 ≻ response 1) = {p:.3f}" in printed
 
 
-def test_without_responses_each_model_gives_one_and_any_prompt_will_do(run):
-    assert run(QUESTION).count("r̂ = ") == 2
+def test_without_responses_each_model_gives_one_and_any_prompt_will_do(run, models, tokenizer):
+    printed = run(QUESTION)
+    assert printed.count("r̂ = ") == 2
+    for name, model in zip(("policy", "reference"), models):
+        torch.manual_seed(0)
+        prompt = tokenizer.encode_ordinary(QUESTION)
+        (reply,) = model.generate([prompt], tokenizer.eot_token, 24)
+        text = tokenizer.decode([i for i in reply if i != tokenizer.eot_token])
+        _, values = look.shares(models, tokenizer, QUESTION, text, 0.5)
+        assert f"a sample of the {name}: r̂ = {values.sum():+.2f}" in printed
     printed = run("Anything else?")
     assert printed.count("r̂ = ") == 2 and "true reward" not in printed
 

@@ -109,8 +109,8 @@ def main():
         print(*paint(words, values.tolist(), sys.stdout.isatty()), sep="\n")
         true = f", true reward {village.reward(prompt, text):+g}" if is_village else ""
         print(f"{title}: r̂ = {sums[-1]:+.2f}{true}\n")
-    for i, r in enumerate(sums[1:], 2):
-        print(f"Eq. 6: p(response {i} ≻ response 1) = {dpo.preference_probability(r, sums[0]):.3f}")
+    for title, r in zip(titles[1:], sums[1:]):
+        print(f"Eq. 6: p({title} ≻ {titles[0]}) = {dpo.preference_probability(r, sums[0]):.3f}")
 
 
 if __name__ == "__main__":
