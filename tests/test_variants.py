@@ -516,6 +516,22 @@ def test_kto_gets_z_from_the_mismatched_half():
     assert found.tolist() == pytest.approx(expected)
 
 
+def test_kto_resumed_takes_the_rest_of_its_steps(world):
+    """At a rate of 0 the policy stays, so the batches alone tell one step from another."""
+    (reference, _), config = world, train_variant.config_of("kto")(lr=0.0, batch_size=4)
+    letters = [(p, text, text in "ace") for p in PROMPTS for text in TEXTS[1:]]
+    thumbs = kto.add_reference_logps(reference, Letters(), letters)
+
+    def steps(start):
+        policy = copy.deepcopy(reference).requires_grad_(True)
+        optimizer = torch.optim.SGD(policy.parameters(), 0.0)
+        return list(kto.train_kto(policy, optimizer, thumbs, config, start))
+
+    whole = steps(0)
+    assert len(whole) == 3 and len({step["grad_norm"] for step in whole}) == 3
+    assert steps(1) == whole[1:]
+
+
 # --- Thumbs -------------------------------------------------------------------------------------
 
 
