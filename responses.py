@@ -14,9 +14,11 @@ def response_logps(model, examples) -> Tensor:
     # Examples of like length go through the model together, because padding costs time too.
     order = sorted(range(len(examples)), key=lambda i: len(examples[i][0]))
     longest = len(examples[order[-1]][0])
-    # A CPU is fastest with few at a time. A chunk has at most 2^26 logits. Without a gradient they
-    # are freed before the next chunk's; with one they are kept, and --grad-accum saves memory.
-    chunk = max(1, min(32 if device.type == "cpu" else 512, 2**26 // (longest * vocab_size)))
+    # A CPU is fastest with few at a time, and a GPU with many. Logits take most of the memory.
+    # Without a gradient they are freed before the next chunk's; with one they are kept, and
+    # --grad-accum saves memory.
+    rows, size = (32, 2**26) if device.type == "cpu" else (512, 2**28)
+    chunk = max(1, min(rows, size // (longest * vocab_size)))
     logps = []
     for start in range(0, len(order), chunk):
         ids, mask = data.collate([examples[i] for i in order[start : start + chunk]], device)

@@ -3,10 +3,11 @@
     python experiments/bench.py             two minutes
     python experiments/bench.py --peer      beside TRL and transformers (requirements-peers.txt)
     python experiments/bench.py --growth    with batch, length, width and number of pairs
-    python experiments/bench.py --gpt2      the memory of GPT-2 124M at 512 tokens; needs 5 GB
+    python experiments/bench.py --gpt2      GPT-2 124M at 512 tokens, on a GPU if there is one
 
 Each figure has a process, and so a peak memory, of its own. Seconds are those from texts to the
 trained policy. Ours and theirs run in turn, three times: medians, and of --growth the fastest.
+All but the first go to experiments/results/bench/.
 FLOPs of a response of T tokens, S of them scored, in L layers of width C, vocabulary V, forward:
     L (24 C² T + 2 C T²) + 2 C V S    (matrix products; attention is causal, so T²/2 count)
 and twice that backward. The peak is that of products of two 1024 x 1024 matrices. The model is
@@ -14,6 +15,7 @@ random and ends no response before its 24th token.
 """
 
 import copy
+import itertools
 import multiprocessing
 import random
 import resource
@@ -42,7 +44,7 @@ from responses import sample_responses
 class Config:
     peer: bool = flag(False, "also TRL's DPOTrainer and transformers' generate")
     growth: bool = flag(False, "instead batch, length, width, number of pairs over a range")
-    gpt2: bool = flag(False, "instead GPT-2 124M at 512 tokens, with --grad-accum too")
+    gpt2: bool = flag(False, "instead GPT-2 124M at 512 tokens: needs 8 GB")
     rounds: int = flag(3, "measurements of each figure")
 
 
@@ -55,6 +57,8 @@ class Setting:
     grad_accum: int = 1
     vocab_size: int = 0  # 0: the village's
     length: int = 0  # tokens of a sequence, half of them prompt; 0: the village's own texts
+    device: str = "cpu"
+    dtype: str = "float32"
 
 
 def peak_flops():
@@ -69,7 +73,9 @@ def peak_flops():
 
 
 def peak_memory():
-    """Of this process so far, in MB."""
+    """Of this process so far, in MB; on the GPU if it uses one."""
+    if torch.cuda.is_initialized():
+        return torch.cuda.max_memory_allocated() / 2**20
     unit = 2**20 if sys.platform == "darwin" else 2**10
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit
 
@@ -81,6 +87,8 @@ def start(setting):
     shape = max(128, setting.length), setting.n_layer, max(4, setting.n_embd // 64), setting.n_embd
     vocab_size = setting.vocab_size or tokenizer.n_vocab
     reference = gpt.GPT(gpt.GPTConfig(vocab_size, *shape)).eval().requires_grad_(False)
+    reference = reference.to(setting.device)
+    reference.autocast_bfloat16 = setting.dtype == "bfloat16"
     rng, words = random.Random(0), [f" {word}" for word in village.every_word().split()]
     words = [word for word in words if len(tokenizer.encode_ordinary(word)) == 1]
     pairs = []
@@ -249,7 +257,7 @@ def compare(setting, config):
                 f"({ratios[0]:.2f} to {ratios[-1]:.2f})",
                 flush=True,
             )
-        results.keep("bench", 0, "", size, kept, ("experiments/bench",))
+        keep(size, kept)
 
 
 def grow(config):
@@ -269,14 +277,25 @@ def grow(config):
             rounds = [measure((time_dpo,), setting) for _ in range(config.rounds)]
             fastest = max(rounds, key=lambda figures: figures["pairs/s"])
             show(f"{name} {getattr(setting, name):,}", [fastest])
+            keep(f"{name} {getattr(setting, name)}", fastest)
 
 
-def hold_gpt2():
-    """The memory that a step over four pairs takes, in one pass and in four."""
-    gpt2 = Setting(12, 768, pairs=4, batch_size=4, vocab_size=50257, length=512)
-    for grad_accum in (1, 4):
-        figures = measure((time_dpo,), replace(gpt2, grad_accum=grad_accum))
-        show(f"GPT-2 124M, grad_accum {grad_accum}", [figures])
+def run_gpt2():
+    """Speed and memory of steps over four pairs, in one pass and in four, in both dtypes."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    pairs = 64 if device == "cuda" else 4
+    gpt2 = Setting(12, 768, pairs, batch_size=4, vocab_size=50257, length=512, device=device)
+    for dtype, grad_accum in itertools.product(("float32", "bfloat16"), (1, 4)):
+        setting = replace(gpt2, dtype=dtype, grad_accum=grad_accum)
+        figures = measure((time_dpo,), setting)
+        figures = {name: figures[name] for name in ("pairs/s in the loop", "peak memory, MB")}
+        name = f"GPT-2 on a {device}, {dtype}, --grad-accum {grad_accum}"
+        show(name, [figures])
+        keep(name, figures)
+
+
+def keep(name, figures):
+    results.keep("bench", 0, "", name, figures, ("experiments/bench",))
 
 
 def main():
@@ -285,7 +304,7 @@ def main():
     if config.growth:
         return grow(config)
     if config.gpt2:
-        return hold_gpt2()
+        return run_gpt2()
     for n_layer in (2, 4):
         compare(Setting(n_layer), config)
 

@@ -1,7 +1,11 @@
 """Made-up files of the kinds that people bring, and what the defaults for them make of these.
 
-    python experiments/own_data.py                      the defaults, on three seeds of four kinds
-    python experiments/own_data.py --kinds styles,styles_4,styles_12 --seeds 10 --flags="--lr=3e-5"
+    python experiments/own_data.py                          the defaults, on three seeds
+    python experiments/own_data.py --part rates --seeds 3   rates and optimizers, by length
+    python experiments/tables.py                            then the tables
+
+Figures go to experiments/results/own_data/SEED.json, and what is there is not repeated.
+The kinds of file:
 
 styles       short answers, kind or curt; the kind one is preferred in nine pairs of ten
 styles_4     the same with four sentences in place of one, and styles_12 with twelve
@@ -10,19 +14,23 @@ unequal      answers of one to eight sentences; the one that gives a reason is p
 faithful     the answer that keeps to the thing asked for is preferred; no word alone tells it
 """
 
-import argparse
+import itertools
 import json
 import math
 import random
-import statistics
+import re
 import subprocess
 import sys
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
 import torch
 
 sys.path.insert(0, str(Path(__file__).parent.parent))  # run from anywhere
+from experiments import results
+from lab import flags
+from lab.flags import flag
 from lab.own import hold_out
 
 ROOT = Path(__file__).parent.parent
@@ -95,6 +103,22 @@ KINDS = {  # how an answer is made, the share of flipped labels, and a block tha
     "styles_4": (partial(styles, count=4), 0.1, 192),
     "styles_12": (partial(styles, count=12), 0.1, 384),
 }
+DEFAULTS = "styles", "transcripts", "unequal", "faithful"  # what train_dpo.py's are tried on
+LENGTHS = "styles", "styles_4", "styles_12"  # and rates on these
+RATES = [
+    f"--optimizer={optimizer} --lr={rate}"
+    for optimizer, rates in (("adamw", ("1e-5", "3e-5", "1e-4")), ("sgd", ("1e-5", "1e-4", "1e-3")))
+    for rate in rates
+]
+FILES = "lab/files", "lab/own", "experiments/own_data"
+
+
+@dataclass
+class Config:
+    seeds: str = flag("10,11,12", "with commas between them")
+    part: str = flag("defaults", "what is tried", ("defaults", "rates"))
+    kinds: str = flag("", "kinds of file, with commas between them; else the part's")
+    out: str = flag("out/own_data", "folder for files and models")
 
 
 def prompt_of(rng, kind, thing):
@@ -169,69 +193,50 @@ def judge_by_words(path):
 
 def run(kind, seed, out, more):
     """Make the files and fine-tune, if that is not done yet; then train_dpo.py with these flags
-    -> its report, with the judge's accuracy."""
+    -> figures."""
     folder = Path(out).absolute() / f"{kind}-{seed}"
     trial = folder / ("".join(more) or "defaults")
 
-    def train(script, out, *flags):
+    def train(script, out, *own):
         with open(folder / "log.txt", "a") as log:
-            line = [sys.executable, script, f"--seed={seed}", f"--out={out}", *flags]
+            line = [sys.executable, script, f"--seed={seed}", f"--out={out}", *own]
             subprocess.run(line, cwd=ROOT, check=True, stdout=log, stderr=log)
 
     if not (folder / "sft.json").exists():
         make(kind, seed, folder)
         own = [f"--corpus={folder}/corpus.txt", f"--sft={folder}/demonstrations.jsonl"]
         train("train_sft.py", folder, *own, "--vocab-size=500", f"--block-size={KINDS[kind][2]}")
-    if not (trial / "dpo.json").exists():
-        own = [f"--init={folder}/sft.pt", f"--pairs={folder}/pairs.jsonl"]
-        train("train_dpo.py", trial, *own, *more)
+    train("train_dpo.py", trial, f"--init={folder}/sft.pt", f"--pairs={folder}/pairs.jsonl", *more)
     report = json.loads((trial / "dpo.json").read_text())
-    return report | {"judge": judge_by_words(folder / "pairs.jsonl")}
-
-
-COLUMNS = [
-    "kind", "tokens", "lr", "kept step", "held-out loss − ln 2", "accuracy", "judge by words",
-    "KL", "cut off (points)",
-]  # fmt: skip
-
-
-def print_row(kind, reports):
-    """Means over the seeds ± their standard deviation; the loss's is its own standard error."""
-
-    def mean(values, style):
-        error = statistics.stdev(values) if len(values) > 1 else 0
-        return f"{statistics.fmean(values):{style}} ± {error:{style}}"
-
-    loss = [r["held-out/loss"] - math.log(2) for r in reports]
-    error = math.sqrt(sum(r["held-out/loss_se"] ** 2 for r in reports)) / len(reports)
-    share = [100 * (r["fresh/cut-off"] - r["start"]["fresh/cut-off"]) for r in reports]
-    tokens = statistics.fmean(r["start"]["fresh/tokens"] for r in reports)
-    kept = ", ".join(f"{r['kept']['step']}/{r['kept']['of']}" for r in reports)
-    cells = [
-        kind, f"{tokens:.0f}", f"{reports[0]['config']['lr']:.1e}", kept,
-        f"{statistics.fmean(loss):.3f} ± {error:.3f}",
-        mean([r.get("held-out/accuracy", 0.5) for r in reports], ".3f"),
-        mean([r["judge"] for r in reports], ".3f"),
-        mean([r["fresh/kl"] for r in reports], ".2f"), mean(share, ".1f"),
-    ]  # fmt: skip
-    print("|", " | ".join(cells), "|", flush=True)
+    judge = judge_by_words(folder / "pairs.jsonl")
+    names = ["held-out/loss", "held-out/loss_se", "held-out/accuracy", "fresh/kl"]
+    return {name: report[name] for name in names if name in report} | {
+        "lr": report["config"]["lr"],
+        "kept": report["kept"],
+        "judge": judge,
+        "tokens": report["start"]["fresh/tokens"],
+        "more cut off": report["fresh/cut-off"] - report["start"]["fresh/cut-off"],
+    }
 
 
 def main():
-    parser = argparse.ArgumentParser(allow_abbrev=False)
-    which = "which seeds, with commas between them (default: %(default)s)"
-    parser.add_argument("--seeds", default="10,11,12", help=which)
-    parser.add_argument("--kinds", default="styles,transcripts,unequal,faithful")
-    parser.add_argument("--flags", default="", help="for train_dpo.py, in place of its defaults")
-    parser.add_argument("--out", default="out/own_data")
-    options = parser.parse_args()
-    if unknown := {*options.kinds.split(",")} - {*KINDS}:
+    config = flags.read_config(Config, "own_data.py")
+    if not re.fullmatch(r"\d+(,\d+)*", config.seeds):
+        raise SystemExit(f"--seeds: numbers with commas between them, not {config.seeds}")
+    kinds, rates = (LENGTHS, RATES) if config.part == "rates" else (DEFAULTS, [""])
+    kinds = config.kinds.split(",") if config.kinds else kinds
+    if unknown := {*kinds} - {*KINDS}:
         raise SystemExit(f"--kinds: no {', '.join(unknown)} among {', '.join(KINDS)}")
-    print("|", " | ".join(COLUMNS), "|\n" + "|---" * len(COLUMNS) + "|")
-    for kind in options.kinds.split(","):
-        seeds, more = options.seeds.split(","), options.flags.split()
-        print_row(kind, [run(kind, seed, options.out, more) for seed in seeds])
+    for seed in map(int, config.seeds.split(",")):
+        for kind, rate in itertools.product(kinds, rates):
+            name = f"{kind} {rate}".strip()
+            kept = results.read("own_data").get(seed, {"runs": {}})["runs"]
+            if name not in kept or results.is_stale(kept[name]):
+                figures = run(kind, seed, config.out, rate.split())
+                results.keep("own_data", seed, "", name, figures, FILES)
+                loss, error = figures["held-out/loss"] - math.log(2), figures["held-out/loss_se"]
+                print(f"{name}, seed {seed}: held-out loss - ln 2 {loss:.3f} ± {error:.3f}")
 
 
 if __name__ == "__main__":
-    main()
+    flags.command(main, "what is finished is not repeated")

@@ -60,7 +60,8 @@ def digest_of(path):
 def machine():
     lines = Path("/proc/cpuinfo").read_text().splitlines() if os.name == "posix" else []
     names = [line.split(": ")[1] for line in lines if line.startswith("model name")]
-    return {
+    gpu = {"gpu": torch.cuda.get_device_name()} if torch.cuda.is_available() else {}
+    return gpu | {
         "cpu": names[0] if names else platform.processor(),
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,

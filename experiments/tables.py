@@ -5,6 +5,7 @@
 A table stands between <!-- NAME --> and <!-- end of NAME -->, and NAME is a function below.
 """
 
+import math
 import re
 import statistics
 import sys
@@ -12,6 +13,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent))  # run from anywhere
 from experiments import compare, results
+from experiments import own_data as own
 
 ROOT = Path(__file__).parent.parent
 
@@ -174,6 +176,7 @@ def rates():
 def bench():
     """Speed and memory beside the peer's."""
     runs = results.read("bench")[0]["runs"]
+    runs = {name: run for name, run in runs.items() if "layers" in name}
     titles = {
         "pairs/s": "pairs per second, from texts to the trained policy",
         "pairs/s in the loop": "pairs per second in the loop alone",
@@ -189,7 +192,72 @@ def bench():
     return table(["ours over theirs, median (range)", *runs], rows)
 
 
-FUNCTIONS = default, online, family, rlhf, leaky, parts, noise, rates, bench
+def growth():
+    """Speed and memory over a range of each size, all else at its default."""
+    rows = []
+    for name, run in results.read("bench")[0]["runs"].items():
+        if (setting := name.split())[0] in ("batch_size", "length", "n_embd", "pairs"):
+            figures = run["figures"]
+            rows.append([
+                f"`{setting[0]}` {int(setting[1]):,}", f"{figures['pairs/s']:,.0f}",
+                f"{figures['share of peak in the loop']:.0%}",
+                f"{figures['peak memory, MB']:,.0f}",
+            ])  # fmt: skip
+    return table(["", "pairs/s", "share of peak in the loop", "peak memory, MB"], rows)
+
+
+def gpt2():
+    """A step over four pairs of 512 tokens with GPT-2 124M."""
+    rows = []
+    for name, run in results.read("bench")[0]["runs"].items():
+        if name.startswith("GPT-2"):
+            speed, memory = run["figures"].values()
+            where = run["machine"].get("gpu", run["machine"]["cpu"])
+            rows.append([where, *name.split(", ")[1:], f"{speed:.1f}", f"{memory / 1024:.1f}"])
+    return table(["", "--dtype", "", "pairs/s in the loop", "peak memory, GB"], rows)
+
+
+def gain(figures):
+    """Held-out loss at the kept step, compared with a model that cannot tell the two apart."""
+    return figures["held-out/loss"] - math.log(2)
+
+
+def own_data():
+    """train_dpo.py's defaults on made-up files."""
+    head = [
+        "file", "tokens", "held-out loss − ln 2", "accuracy", "judge by words", "KL",
+        "more cut off, points",
+    ]  # fmt: skip
+    rows = []
+    for kind in own.DEFAULTS:
+        if runs := runs_of("own_data", kind):
+            error = sum(run["held-out/loss_se"] ** 2 for run in runs) ** 0.5 / len(runs)
+            rows.append([
+                kind, f"{statistics.fmean(run['tokens'] for run in runs):.0f}",
+                f"{statistics.fmean(map(gain, runs)):.3f} ({error:.3f})",
+                spread([run.get("held-out/accuracy", 0.5) for run in runs], ".3f"),
+                spread([run["judge"] for run in runs], ".3f"),
+                spread([run["fresh/kl"] for run in runs], ".2f"),
+                spread([100 * run["more cut off"] for run in runs], ".1f"),
+            ])  # fmt: skip
+    return table(head, rows)
+
+
+def lengths():
+    """Rates and optimizers, on answers of three lengths, one seed: the gain, and the kept step."""
+    head, rows = ["optimizer and rate"], []
+    for rate in own.RATES:
+        found = [runs_of("own_data", f"{kind} {rate}") for kind in own.LENGTHS]
+        if all(found):
+            head = [head[0], *(f"{run['tokens']:.0f} tokens" for run, *_ in found)]
+            cells = [f"{gain(run):.3f} ({run['kept']['step']})" for run, *_ in found]
+            rows.append([rate, *cells])
+    return table(head, rows)
+
+
+FUNCTIONS = (
+    default, online, family, rlhf, leaky, parts, noise, rates, bench, growth, gpt2, own_data, lengths
+)  # fmt: skip
 TABLES = {function.__name__: function for function in FUNCTIONS}
 
 

@@ -200,7 +200,7 @@ def test_a_bad_conversation_is_named(tmp_path, record, reason):
         (b"PAR1\x15\x04", "is Parquet: write JSON lines"),
         ('{"prompt": "a"}'.encode("utf-16"), "is UTF-16: save it as UTF-8"),
         (b"PK\x03\x04...", "is a zip archive: unpack it"),
-        (gzip.compress(b"{}" * 99)[:-9], "cannot read"),
+        (gzip.compress(b"{}" * 99, mtime=0)[:-9], "cannot read"),
         (b"\x1f\x8bnot gzip", "cannot read"),
         ('[\n{"prompt": "a"},\n{"chosen"\n]', "no JSON array: Expecting ':' delimiter: line 4"),
         ('[{"prompt": "a", "prompt": "b"}]', 'no JSON array: a field stands there twice: "prompt"'),
