@@ -39,10 +39,20 @@ class Computing(ast.NodeTransformer):
         return self.generic_visit(node)
 
 
+def plain(node):
+    """A syntax tree as lists, the same in each version of Python: what is empty is left out."""
+    if isinstance(node, list):
+        return [plain(part) for part in node]
+    if not isinstance(node, ast.AST):
+        return repr(node)
+    parts = [(name, plain(part)) for name, part in ast.iter_fields(node) if part not in (None, [])]
+    return [type(node).__name__, *parts]
+
+
 @cache
 def computing(name):
     """What computes in a file, named without its ".py"."""
-    return ast.dump(Computing().visit(ast.parse((ROOT / f"{name}.py").read_text("utf-8"))))
+    return str(plain(Computing().visit(ast.parse((ROOT / f"{name}.py").read_text("utf-8")))))
 
 
 def code_hash(more=()):

@@ -256,7 +256,8 @@ def lengths():
 
 
 FUNCTIONS = (
-    default, online, family, rlhf, leaky, parts, noise, rates, bench, growth, gpt2, own_data, lengths
+    default, online, family, rlhf, leaky, parts, noise, rates, bench, growth, gpt2, own_data,
+    lengths,
 )  # fmt: skip
 TABLES = {function.__name__: function for function in FUNCTIONS}
 

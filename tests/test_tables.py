@@ -64,6 +64,15 @@ def test_a_run_is_kept_and_is_stale_once_its_code_has_changed(folder, monkeypatc
     assert all(map(results.is_stale, runs.values()))
 
 
+def test_the_hash_is_the_same_for_each_version_of_python():
+    """Python 3.12 gave functions a list of type parameters, which is empty in older code."""
+    function = ast.parse("def f(x):\n    return x").body[0]
+    before = results.plain(function)
+    function._fields, function.fresh = (*function._fields, "fresh"), []
+    assert results.plain(function) == before
+    assert results.plain(function.args) == ["arguments", ("args", [["arg", ("arg", "'x'")]])]
+
+
 def test_results_of_two_fine_tuned_models_are_not_mixed(folder):
     results.keep("village", 0, "one", "dpo", FIGURES)
     with pytest.raises(SystemExit, match="0.json is of another fine-tuned model"):
