@@ -17,6 +17,7 @@ test-peers: .venv/installed-peers
 mutants: .venv/installed-peers
 	.venv/bin/mutmut run
 	.venv/bin/mutmut results
+	.venv/bin/python experiments/mutants.py
 
 RUNS ?= out
 

@@ -9,6 +9,7 @@ import math
 import re
 import statistics
 import sys
+from collections import Counter
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent))  # run from anywhere
@@ -255,9 +256,25 @@ def lengths():
     return table(head, rows)
 
 
+def mutants():
+    """Changes of the code, one place at a time, and whether a test noticed."""
+    rows = []
+    for file in results.read("mutants").values():
+        found = file["runs"]["mutmut"]["figures"]
+        parts = {f"`{name}.py`": counts for name, counts in found.items() if "/" not in name}
+        for folder in ("lab", "variants"):
+            names = [name for name in found if name.startswith(folder)]
+            parts[f"`{folder}/`"] = sum((Counter(found[name]) for name in names), Counter())
+        for part, counts in parts.items():
+            noticed = counts.get("killed", 0) + counts.get("timeout", 0)
+            cells = noticed, counts.get("survived", 0), counts.get("no tests", 0)
+            rows.append([part, *map(str, cells)])
+    return table(["", "noticed", "survived", "in no fast test"], rows)
+
+
 FUNCTIONS = (
     default, online, family, rlhf, leaky, parts, noise, rates, bench, growth, gpt2, own_data,
-    lengths,
+    lengths, mutants,
 )  # fmt: skip
 TABLES = {function.__name__: function for function in FUNCTIONS}
 

@@ -2,6 +2,7 @@
 
 import ast
 import json
+import math
 
 import pytest
 
@@ -37,6 +38,25 @@ def test_the_table_of_flipped_labels_by_hand(folder):
         results.keep("village", seed, "sft", "robust_flip_0.2", figures)
     assert "| robust DPO |  | 60.0% (2.5%) |  |" in tables.noise()
     assert [*results.read("village")] == [9, 10]
+
+
+def test_the_table_of_mutants_by_hand(folder):
+    """A timeout is noticed too, and a folder's files are added up."""
+    found = {"dpo": {"killed": 3, "timeout": 1}, "lab/files": {"killed": 2, "no tests": 5}}
+    found |= {"lab/own": {"killed": 4, "survived": 1}}
+    results.keep("mutants", 0, "", "mutmut", found)
+    lines = tables.mutants()
+    assert "| `dpo.py` | 4 | 0 | 0 |" in lines and "| `lab/` | 6 | 1 | 5 |" in lines
+
+
+def test_the_gain_on_own_data_by_hand(folder):
+    """ln 2 - 0.5 on two seeds; errors of 0.03 and 0.04, so √(0.03² + 0.04²) / 2."""
+    shared = {"held-out/accuracy": 0.75, "fresh/kl": 1.0, "more cut off": 0.02, "judge": 0.5}
+    for seed, loss, error in ((10, math.log(2) - 0.4, 0.03), (11, math.log(2) - 0.6, 0.04)):
+        figures = {"held-out/loss": loss, "held-out/loss_se": error, "tokens": 20.0} | shared
+        results.keep("own_data", seed, "", "styles", figures)
+    row = "| styles | 20 | -0.500 (0.025) | 0.750 ± 0.000 | 0.500 ± 0.000 | 1.00 ± 0.00 |"
+    assert f"{row} 2.0 ± 0.0 |" in tables.own_data()
 
 
 def test_the_table_of_rlhf_by_hand(folder):
