@@ -195,16 +195,16 @@ def bench():
 
 def growth():
     """Speed and memory over a range of each size, all else at its default."""
-    rows = []
-    for name, run in results.read("bench")[0]["runs"].items():
-        if (setting := name.split())[0] in ("batch_size", "length", "n_embd", "pairs"):
-            figures = run["figures"]
-            rows.append([
-                f"`{setting[0]}` {int(setting[1]):,}", f"{figures['pairs/s']:,.0f}",
-                f"{figures['share of peak in the loop']:.0%}",
-                f"{figures['peak memory, MB']:,.0f}",
-            ])  # fmt: skip
-    return table(["", "pairs/s", "share of peak in the loop", "peak memory, MB"], rows)
+    columns = {"pairs/s": ",.0f", "share of peak in the loop": ".0%", "peak memory, MB": ",.0f"}
+    runs, rows = results.read("bench")[0]["runs"], []
+    for size in ("batch_size", "length", "n_embd", "pairs"):
+        found = {name: runs[name]["figures"] for name in runs if name.startswith(f"{size} ")}
+        values = ", ".join(f"{int(name.split()[1]):,}" for name in found)
+        cells = [
+            ", ".join(f"{f[n]:{style}}" for f in found.values()) for n, style in columns.items()
+        ]
+        rows.append([f"`{size}` {values}", *cells])
+    return table(["", *columns], rows)
 
 
 def gpt2():
