@@ -123,9 +123,8 @@ class GPT(nn.Module):
         real, positions = positions >= 0, positions.clamp(min=0)  # (B, T) each
         causal = torch.ones(longest, longest, dtype=torch.bool, device=ids.device).tril()
         mask = causal & real[:, None, :]  # (B, T, T)
-        mask |= torch.eye(
-            longest, dtype=torch.bool, device=ids.device
-        )  # a row that sees nothing would be NaN
+        # A pad that sees nothing would be NaN, so every token sees itself.
+        mask |= torch.eye(longest, dtype=torch.bool, device=ids.device)
         mask = mask[:, None]  # (B, 1, T, T): the same for all heads
         heads = self.config.n_head
         room = 2, len(prompts), heads, longest + max_new_tokens, self.config.n_embd // heads

@@ -144,7 +144,7 @@ def held_out_metrics(policy, pairs, config, loss_fn=pair_losses):
 
 @torch.no_grad()
 def check_start(policy, pairs, config, loss_fn=pair_losses):
-    """Check that the policy starts as the reference, where Eq. 7 is −log σ(0) = 0.6931 a pair.
+    """Check that the policy starts as the reference, where Eq. 7 is −log σ(0) = 0.6931 per pair.
 
     Any loss must equal what it is with the reference's log-probabilities put in both places.
     """

@@ -15,7 +15,6 @@ Writes out/online.pt, .jsonl and .json (ai_feedback.* with --judge pretrained).
 """
 
 import copy
-import itertools
 import math
 import sys
 from dataclasses import dataclass, replace
@@ -106,9 +105,9 @@ def train_rounds(models, optimizer, config, questions, judge, start=0):
         pairs = add_reference_logps(reference, tokenizer, texts)
         if not number:
             check_start(policy, pairs, config)
-        # Pairs that fell out, being equal, are made up for by seeing some twice.
-        batches = itertools.islice(data.batches(len(pairs), config.batch_size, seed), steps)
-        for lr, rows in zip(rates[number * steps :], batches):
+        # Equal responses make no pair. To fill the round's steps some other pairs are seen twice.
+        batches = data.batches(len(pairs), config.batch_size, seed)
+        for lr, rows in zip(rates[number * steps : (number + 1) * steps], batches):
             optimizer.param_groups[0]["lr"] = lr
             batch = pairs.take(rows)  # B pairs
             logps = response_logps(policy, batch.chosen + batch.rejected).chunk(2)  # (B,) each
