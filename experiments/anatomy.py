@@ -4,7 +4,7 @@
 
 The gap to the optimum is J* − J(π) = β KL(π‖π*) (put Eq. 4 into Eq. 3), and splits in two: between
 reward levels, how often the policy earns each; and within levels, where π* keeps the reference's
-proportions, so that another preference is KL paid for nothing. All garbled texts count as one.
+proportions, so that any other preference wastes KL. All garbled texts count as one.
 """
 
 import argparse
@@ -57,7 +57,9 @@ def main():
         for side in ("chosen", "rejected"):
             levels = [village.reward(pair["prompt"], pair[side]) for pair in map(json.loads, lines)]
             change = sum(levels) / len(levels) / beta - log_z.mean().item()
-            print(f"{side}: at the optimum log π − log π_ref = r/β − log Z, {change:+.2f} on mean")
+            print(
+                f"{side}: at the optimum log π − log π_ref = r/β − log Z, {change:+.2f} on average"
+            )
 
 
 if __name__ == "__main__":

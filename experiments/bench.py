@@ -7,7 +7,7 @@
 
 Each figure has a process, and so a peak memory, of its own. Seconds are those from texts to the
 trained policy. Ours and theirs run in turn, three times: medians, and of --growth the fastest.
-All but the first go to experiments/results/bench/.
+The last three keep their figures in experiments/results/bench/.
 FLOPs of a response of T tokens, S of them scored, in L layers of width C, vocabulary V, forward:
     L (24 C² T + 2 C T²) + 2 C V S    (matrix products; attention is causal, so T²/2 count)
 and twice that backward. The peak is that of products of two 1024 x 1024 matrices. The model is
@@ -43,7 +43,7 @@ from responses import sample_responses
 @dataclass
 class Config:
     peer: bool = flag(False, "also TRL's DPOTrainer and transformers' generate")
-    growth: bool = flag(False, "instead batch, length, width, number of pairs over a range")
+    growth: bool = flag(False, "instead a range of batches, lengths, widths and numbers of pairs")
     gpt2: bool = flag(False, "instead GPT-2 124M at 512 tokens: needs 8 GB")
     rounds: int = flag(3, "measurements of each figure")
 
@@ -73,7 +73,7 @@ def peak_flops():
 
 
 def peak_memory():
-    """Of this process so far, in MB; on the GPU if it uses one."""
+    """This process's so far, in MB; the GPU's memory if it uses one."""
     if torch.cuda.is_initialized():
         return torch.cuda.max_memory_allocated() / 2**20
     unit = 2**20 if sys.platform == "darwin" else 2**10

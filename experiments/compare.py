@@ -1,4 +1,4 @@
-"""Every method on one ground: the same SFT model, pairs, questions and ruler, seed by seed.
+"""Every method compared, seed by seed: the same SFT model, pairs, questions and measurement.
 
     python experiments/compare.py                            every method, where figures are missing
     python experiments/compare.py --seeds 1 --only dpo,ipo   one seed, some methods
@@ -46,7 +46,7 @@ from variants import (
 
 ROOT = Path(__file__).parent.parent
 NOISE = 0.1, 0.2, 0.3
-EVAL_SAMPLES = 40  # a question: twice what a single run takes
+EVAL_SAMPLES = 40  # per question: twice what a single run takes
 BEST_OF = 16
 
 # name: (what the table calls it, stages after pretraining, models held in training)
@@ -75,7 +75,7 @@ METHODS |= {
 }
 ONLINE = "variants/train_online.py"
 MORE_ROUNDS = "--rounds=16", "--num-pairs=48000"
-SCRIPTS = {  # of those whose figures are a script's own report: its flags, and the report
+SCRIPTS = {  # methods that are measured by their own script: its flags, and its report
     "dpo": (["train_dpo.py"], "dpo"),
     "online": ([ONLINE], "online"),
     "online_48k": ([ONLINE, *MORE_ROUNDS], "online"),
@@ -274,7 +274,7 @@ def run(ground, name, **settings):
     """One method at one seed -> its figures."""
     if name in SCRIPTS and not settings:
         return run_script(ground, name)
-    # Of the measurement, whose β is one for all.
+    # For the measurement, whose β is the same for all.
     config = ground.config(train_dpo.Config, eval_samples=EVAL_SAMPLES)
     if name == "best_of_n":
         rows, labels, seconds = best_of_n(ground.exact, BEST_OF, config.beta), BEST_OF, 0

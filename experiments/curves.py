@@ -29,12 +29,12 @@ def read_run(folder, name):
         lines = (Path(folder) / f"{name}.jsonl").read_text().splitlines()
         report = json.loads((Path(folder) / f"{name}.json").read_text())
     except FileNotFoundError as error:
-        raise SystemExit(f"there is no {error.filename}: no training has come to its end there")
+        raise SystemExit(f"there is no {error.filename}: no training has finished there")
     return [json.loads(line) for line in lines], report
 
 
 def plot(axis, steps, name, color):
-    """A metric over the steps that have it: faintly; boldly the mean of the last 20, if so many.
+    """A metric over the steps that have it: faint, and bold the mean of the last 20, if so many.
     Its standard error, where it is known, is a band."""
     found = [line for line in steps if name in line]
     x, y = [line["step"] for line in found], [line[name] for line in found]
@@ -50,8 +50,8 @@ def plot(axis, steps, name, color):
 def draw(steps, report, path):
     """A panel for each kind of metric, its name before the slash. New ones are drawn, too.
 
-    Of somebody's own pairs each of what is measured on the way has a panel, and ln 2 is dotted: the
-    loss of who cannot tell chosen from rejected.
+    On somebody's own pairs each measured metric has a panel. Dotted is ln 2, the loss of a model
+    that cannot tell chosen from rejected.
     """
     is_own = "optimum" not in report
     if is_own:
@@ -115,7 +115,7 @@ def print_optimum_tables(reports):
 
 
 def print_runs(folders, runs):
-    """What the pairs show (the last 50 steps) beside what fresh samples show, a run a line."""
+    """What the pairs show (the last 50 steps) beside what fresh samples show, one run per line."""
     print("\n| run | loss | accuracy | garbled | E[r] | KL | optimality |")
     print("|---|---|---|---|---|---|---|")
     for folder, (steps, report) in zip(folders, runs):

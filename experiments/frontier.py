@@ -24,7 +24,7 @@ from lab import evaluate, flags
 from lab.flags import flag
 from variants import train_online
 
-METHODS = {  # compare.py's name, own coefficient, its values; colour, marker, told apart by all
+METHODS = {  # compare.py's name, own coefficient, its values; colour and marker
     "DPO": ("dpo", "beta", (0.25, 0.5, 1.0), "#0072b2", "o"),
     "online DPO": ("online", "beta", (0.25, 0.5, 1.0), "#000000", "P"),
     "IPO": ("ipo", "loss_beta", (0.05, 0.085, 0.2), "#56b4e9", "s"),

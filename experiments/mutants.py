@@ -1,4 +1,4 @@
-"""Keep what mutmut found, counted per file: make mutants runs it, then this."""
+"""Keep what mutmut found, counted per file: `make mutants` runs mutmut, then this."""
 
 import json
 import sys

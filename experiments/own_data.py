@@ -1,4 +1,4 @@
-"""Made-up files of the kinds that people bring, and what the defaults for them make of these.
+"""Made-up files of the kinds that people bring, and what train_dpo.py makes of them.
 
     python experiments/own_data.py                          the defaults, on three seeds
     python experiments/own_data.py --part rates --seeds 3   rates and optimizers, by length
@@ -117,7 +117,7 @@ FILES = "lab/files", "lab/own", "experiments/own_data"
 class Config:
     seeds: str = flag("10,11,12", "with commas between them")
     part: str = flag("defaults", "what is tried", ("defaults", "rates"))
-    kinds: str = flag("", "kinds of file, with commas between them; else the part's")
+    kinds: str = flag("", "kinds of file, with commas between them; else those of the part")
     out: str = flag("out/own_data", "folder for files and models")
 
 

@@ -24,7 +24,7 @@ CORE = "dpo model data responses train_sft train_dpo lab/village lab/pairs lab/e
 
 
 class Computing(ast.NodeTransformer):
-    """Leaves of a program what computes: no comments, doc strings, messages or help texts."""
+    """Keeps of a program what computes: no comments, doc strings, messages or help texts."""
 
     def visit_Expr(self, node):
         is_print = isinstance(node.value, ast.Call) and ast.unparse(node.value.func) == "print"
@@ -56,7 +56,7 @@ def computing(name):
 
 
 def code_hash(more=()):
-    """Of the code that every result rests on, and of more files."""
+    """A hash of the code that every result rests on, and of more files."""
     codes = map(computing, [*CORE, *more])
     return hashlib.sha256("".join(codes).encode()).hexdigest()[:12]
 
@@ -97,7 +97,8 @@ def read_file(study, seed, sft):
     file = json.loads(path.read_text("utf-8")) if path.exists() else {"sft": sft, "runs": {}}
     if file["sft"] != sft:
         raise SystemExit(
-            f"{path} is of another fine-tuned model: remove it, or give compare.py another --study"
+            f"{path} is of another fine-tuned model, as another CPU makes: remove it, or give "
+            "compare.py another --study"
         )
     return file
 

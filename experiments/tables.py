@@ -44,7 +44,7 @@ def mean_of_policies(reports, name, style):
 
 
 def with_error(reports):
-    """Mean optimality, in brackets its standard error from sampling, whatever the seeds do."""
+    """Mean optimality, in brackets its standard error, without the spread over seeds."""
     policies = [report["policy"] for report in reports]
     mean = statistics.fmean(policy["optimality"] for policy in policies)
     error = sum(policy["optimality_se"] ** 2 for policy in policies) ** 0.5 / len(policies)
@@ -68,8 +68,8 @@ def default():
 
 def online():
     head = [
-        "method", "labels", "E[reward]", "KL", "garbled", "garbled texts' KL", "optimality",
-        "median, worst", "never asked", "seeds",
+        "method", "labels", "E[reward]", "KL", "garbled", "garbled texts' share of KL",
+        "optimality", "median, worst", "optimality, never asked", "seeds",
     ]  # fmt: skip
     rows = []
     for name in ("dpo", "online", "online_48k", "ai_feedback"):

@@ -57,7 +57,7 @@ def run_main(monkeypatch, module, *flags):
 
 
 def refusal(function, *arguments):
-    """What a function says that must end in one line."""
+    """The one line in which a function ends."""
     with pytest.raises(SystemExit) as stop:
         function(*arguments)
     message = str(stop.value)

@@ -391,7 +391,7 @@ def test_a_trainer_writes_the_same_files_as_train_dpo(
 
 
 def test_kto_learns_from_somebodys_thumbs(toy_sft, monkeypatch, capsys, tmp_path):
-    """Of 33 rows the last batch has a single one, whose mismatch alone makes its z."""
+    """Of 33 rows the last batch has a single one, whose mismatched text alone gives KTO's z."""
     answers = " No, never.", " Yes, of course."
     rows = [
         {"prompt": f"Is it {i}?", "completion": answers[i % 2], "label": i % 2 > 0}

@@ -193,7 +193,7 @@ def test_a_reference_that_has_changed_is_not_resumed(whole, tmp_path, monkeypatc
 
 @needs_unix
 def test_a_moved_folder_and_another_measurement_are_the_same_run(whole, tmp_path, monkeypatch):
-    """A run is what it computes: not where it lies, nor on how many questions it is judged."""
+    """The folder and the number of questions to measure on may change between runs."""
     flags = [f"--init={whole}/sft.pt", f"--pairs={whole}/pairs.jsonl", *DPO]
     kill("in a step", 4, "train_dpo", [f"--out={tmp_path}/old", *flags])
     run_main(monkeypatch, train_dpo, f"--out={tmp_path}/whole", *flags)

@@ -360,7 +360,7 @@ def test_a_file_to_hold_out_takes_the_place_of_the_split(tmp_path, tokenizer, ca
 
 
 def test_most_lines_say_what_a_file_holds(tmp_path):
-    """Not the first: one odd line at the top leaves the others their right."""
+    """One odd line at the top does not decide the form of the others."""
     path = write(tmp_path, [CHAT | {"system": "Be kind."}, *[GOOD] * 12])
     file = own_file(path, skip_bad=True)
     assert len(file.rows) == 12 and file.form == "texts"

@@ -326,7 +326,7 @@ def test_kto_reference_point_is_the_mean_cut_at_zero_and_detached(s, z):
 
 
 def test_clipped_loss_by_hand():
-    """Advantage 2 and −2 at ratios 1, 1.5, 0.5, clip 0.2: a gain stops at the edge, a loss not."""
+    """Advantage 2 and −2 at ratios 1, 1.5, 0.5, clip 0.2: gains are clipped."""
     old = torch.full((6,), -1.7, dtype=torch.float64)
     ratios = torch.tensor([1, 1.5, 0.5, 1, 1.5, 0.5]).double()
     new = (old + ratios.log()).requires_grad_()

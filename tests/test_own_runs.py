@@ -111,7 +111,7 @@ def test_fine_tuning_counts_epochs_stops_and_keeps_its_best(own, monkeypatch, ca
 
 
 def test_fine_tuning_starts_from_a_model_that_is_there(own, toy_sft, monkeypatch, capsys, tmp_path):
-    """Its first held-out loss is that model's, in transformers' terms −log p a scored token."""
+    """Its first held-out loss is that model's, in transformers' terms −log p per scored token."""
     model, state = gpt.load(toy_sft / "pretrained.pt")
     tokenizer = data.build_tokenizer(**state["tokenizer"])
     demos = [json.loads(line) for line in (own / "sft.jsonl").read_text().splitlines()]

@@ -205,7 +205,7 @@ def test_no_example_of_many_is_lost_between_chunks(setup):
 
 
 def test_the_caches_of_a_large_model_stay_below_a_gigabyte(tokenizer):
-    """2^28 floats: with k and v of 2^26 a response, four at a time."""
+    """2^28 floats: with k and v of 2^26 per response, four at a time."""
     asked = []
 
     def generate(prompts, end, limit, generator):

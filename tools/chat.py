@@ -4,7 +4,7 @@
     python tools/chat.py out/dpo.pt              asks on, until an empty line
     python tools/chat.py out/sft.pt out/dpo.pt   what ends in .pt is a checkpoint, the rest is asked
 
-What is typed is asked as it is, but as a user's turn of a model that has learnt conversations; each
+What is typed is asked as it is, or as a user's turn if the model has learnt conversations. Each
 question stands alone. An answer is a sample: --temperature 1 is the policy itself, 0 its likeliest
 token every time. All start from the same --seed. In front of an answer to a village question stands
 its true reward.
@@ -32,7 +32,7 @@ def read_arguments():
     parser.error = refuse
     parser.add_argument("words", nargs="*", metavar="CHECKPOINT.pt ... [QUESTION]")
     parser.add_argument("--temperature", type=float, default=1.0)
-    parser.add_argument("--max-new-tokens", type=int, help="default: as it has learnt, or 24")
+    parser.add_argument("--max-new-tokens", type=int, help="default: the model's own, or 24")
     parser.add_argument("--seed", type=int, default=0)
     flags = parser.parse_intermixed_args()
     if flags.temperature != 0 and not 0.01 <= flags.temperature < math.inf:

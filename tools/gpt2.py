@@ -81,7 +81,7 @@ def read_pattern(path, whole):
         return r50k_pat_str
     split = {"behavior": "Isolated", "invert": False} | steps[0]
     if split["behavior"] != "Isolated" or split["invert"] or "Regex" not in split["pattern"]:
-        raise SystemExit(f"{path}: our tokenizer has no Split but one around a Regex")
+        raise SystemExit(f"{path}: our tokenizer splits only around a Regex")
     return split["pattern"]["Regex"].replace(WORD, r"\w")
 
 
@@ -113,8 +113,8 @@ def read_vocabulary(folder):
 
 
 def read_tokenizer(folder, vocab_size):
-    """-> our tokenizer. Its ids are the merges' order; behind the end of the text, which must be
-    the last of them, there may be padding that no text reaches."""
+    """-> our tokenizer. Its ids follow the merges' order. The end of the text comes after them,
+    and rows beyond it, which no text reaches, may pad the vocabulary."""
     path, vocab, pairs, pattern = read_vocabulary(folder)
     count, end = 256 + len(pairs), vocab.get(data.END)
     if end != count or vocab_size <= count:
@@ -132,7 +132,7 @@ def read_tokenizer(folder, vocab_size):
     try:
         return data.build_tokenizer(tokens, pattern)
     except ValueError:
-        raise SystemExit(f"{path}: its pre_tokenizer's pattern is none that tiktoken can read")
+        raise SystemExit(f"{path}: tiktoken cannot read its pre_tokenizer's pattern")
 
 
 def compare_ids(folder, tokenizer):
@@ -193,7 +193,7 @@ def read_model(folder, config):
         tensor = tensors.pop(theirs)
         if theirs == "wte.weight":
             if head is not None and not torch.equal(head, tensor):
-                raise SystemExit(f"{folder}: lm_head.weight is not wte.weight, as in model.py")
+                raise SystemExit(f"{folder}: lm_head.weight must be wte.weight, as in model.py")
             if len(tensor) > config.vocab_size:
                 rows = len(tensor) - config.vocab_size
                 print(f"left out: {rows} rows of wte.weight, after {data.END}, which no text has")

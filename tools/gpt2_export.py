@@ -1,7 +1,7 @@
 """The way out of tools/gpt2.py: a checkpoint of ours -> a folder that transformers and TRL read.
 
-Weights keep every bit, and texts their token ids, but where a text spells out <|endoftext|>, in
-which ours sees words. tokenizer.json also has the pattern that cuts a text into words.
+Weights keep every bit, and texts their token ids, except where <|endoftext|> is typed in a text:
+ours reads it as words. tokenizer.json also has the pattern that cuts a text into words.
 """
 
 import itertools
@@ -14,10 +14,10 @@ from lab import runs
 
 SIZES = {"vocab_size": "vocab_size", "block_size": "n_positions", "n_layer": "n_layer",
          "n_head": "n_head", "n_embd": "n_embd"}  # fmt: skip
-# \w is not the same everywhere: under transformers, ² and ½ are letters, and to tiktoken not. So
-# it goes out spelled as what it is to tiktoken.
+# \w is not the same everywhere: transformers takes ² and ½ for letters, and tiktoken does not. So
+# the export spells out what it means to tiktoken.
 WORD = r"[\p{Alphabetic}\p{M}\p{Nd}\p{Pc}\p{Join_Control}]"
-FIXED = {  # what model.py has no other form of; where config.json says nothing, it means the same
+FIXED = {  # the only values that model.py has, and what a missing entry means
     "model_type": "gpt2",
     "activation_function": "gelu_new",
     "layer_norm_epsilon": 1e-5,

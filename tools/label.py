@@ -4,8 +4,8 @@
     python tools/label.py out/sft.pt - pairs.jsonl               prompts are typed
     python tools/label.py out/sft.pt prompts.txt pairs.jsonl --judge "python judge.py"
 
-1 or 2 is better, 0 is a tie, s skips, q quits. Each choice is written at once: pairs to the file,
-ties and skips to FILE.rest, so that it can be taken up again. A judge gets a line of JSON,
+1 or 2 says which is better, 0 is a tie, s skips, q quits. Each choice is written at once, pairs to
+the file, ties and skips to FILE.rest: labelling can go on later. A judge gets a line of JSON,
 {"prompt", "responses"}, and prints 1, 2 or 0. Then: python train_dpo.py --pairs pairs.jsonl
 """
 
@@ -27,7 +27,7 @@ CHOICES = {"1": "pairs", "2": "pairs", "0": "ties", "s": "skipped"}
 
 
 def two_samples(model, tokenizer, question, generator):
-    """Two different whole responses, in the order drawn; () where ten draws hold no two."""
+    """Two different whole responses, in the order drawn; () if ten draws have no two."""
     prompt, limit = as_learnt(model, question)
     ids, end = [tokenizer.encode_ordinary(prompt)] * 10, tokenizer.eot_token
     replies = model.generate(ids, end, limit, generator=generator)

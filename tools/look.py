@@ -5,7 +5,7 @@
     python tools/look.py out "What is the job of Mara?" --likeliest      the likeliest ten, compared
 
 OUT/sft.pt is the reference, OUT/dpo.pt the policy. Below each token stands its share of r̂, which is
-β (log π_θ − log π_ref). Blue counts for, orange against. Eq. 6 makes a probability of two r̂.
+β (log π_θ − log π_ref). Blue counts for, orange against. Eq. 6 turns two r̂ into a probability.
 """
 
 import argparse
@@ -88,7 +88,7 @@ def main():
     if not prompt.strip():
         raise SystemExit("the prompt is empty")
     if data.tokenizer_state(tokenizer) != data.tokenizer_state(other):
-        raise SystemExit("two tokenizers differ")
+        raise SystemExit("the two models have different tokenizers")
     is_village = prompt in village.QUESTIONS
     if options.likeliest:
         if not is_village:
