@@ -6,7 +6,7 @@ Every function takes tensors, never a model: what is here can be checked with pe
     Eq. 3   max over π of E[r(x, y)] − β KL(π‖π_ref)         what a policy is trained for
     Eq. 4   π*(y|x) = π_ref(y|x) exp(r(x, y)/β) / Z(x)       its optimum
     Eq. 5   r(x, y) = β log π*(y|x)/π_ref(y|x) + β log Z(x)  the same, solved for the reward
-    Eq. 6   p(y ≻ y'|x) = σ(r̂(x, y) − r̂(x, y'))             Eq. 5 in Eq. 1: Z(x) cancels
+    Eq. 6   p(y ≻ y'|x) = σ(r̂(x, y) − r̂(x, y'))             Eq. 5 in Eq. 1: Z(x) cancels; r̂ is below
     Eq. 7   −log σ(β log π_θ(y_w|x)/π_ref(y_w|x) − β log π_θ(y_l|x)/π_ref(y_l|x))
             the loss of one pair: the negative log of Eq. 6
 
@@ -56,8 +56,9 @@ def dpo_loss(
 
     Z(x) is a sum over all texts, which nobody can compute for a real model. It is the same for both
     responses to a prompt, so it cancels in the difference of their rewards. The gradient is
-    −β σ(r̂_l − r̂_w) (∇log π(y_w) − ∇log π(y_l)): a step against it raises log π(y_w) and lowers
-    log π(y_l), most where the order of the two is wrong.
+    −β σ(r̂_l − r̂_w) (∇log π(y_w) − ∇log π(y_l)): by itself, a pair raises log π(y_w) and lowers
+    log π(y_l), most where the order of the two is wrong. Only their difference counts, and all
+    pairs share the weights, so that in a run both may fall.
 
     Four log-probabilities (B,) -> (losses, chosen_rewards, rejected_rewards), each (B,): no mean is
     taken, and the rewards carry no gradient.

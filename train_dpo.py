@@ -113,7 +113,7 @@ def train(policy, optimizer, pairs, config, loss_fn=pair_losses, start=0):
     steps = count_steps(config, len(pairs))
     rates = data.learning_rates(config.lr, steps)
     batches = data.batches(len(pairs), config.batch_size, config.seed)
-    for lr, rows in list(zip(rates, batches))[start:]:
+    for lr, rows in list(zip(rates, batches))[start:]:  # the rates have an end, not the batches
         optimizer.param_groups[0]["lr"] = lr
         parts = []
         for k in range(min(config.grad_accum, len(rows))):
@@ -146,7 +146,8 @@ def held_out_metrics(policy, pairs, config, loss_fn=pair_losses):
 def check_start(policy, pairs, config, loss_fn=pair_losses):
     """Check that the policy starts as the reference, where Eq. 7 is −log σ(0) = 0.6931 per pair.
 
-    Any loss must equal what it is with the reference's log-probabilities put in both places.
+    Any loss must equal what it is with the reference's log-probabilities put in both places. It is
+    another where these are of other texts, or where there is noise in the model.
     """
     batch = pairs.take(range(min(config.batch_size, len(pairs))))
     logps = response_logps(policy, batch.chosen + batch.rejected).chunk(2)
@@ -170,7 +171,7 @@ def main():
     config = flags.read_config(Config, "train_dpo.py")
     run = runs.Run("dpo", config)
     policy, tokenizer = runs.load_policy(config)
-    # The reference is the policy as it was before any step: the copy must come before resume().
+    # The reference is the policy before any step: after resume() it would be half-trained.
     reference = copy.deepcopy(policy).requires_grad_(False)
     source = (OwnData if config.pairs else Village)(policy, reference, tokenizer, config)
     texts, held_out_texts = source.pairs()
@@ -183,6 +184,7 @@ def main():
     runs.resume(run)
 
     def measure():
+        # The village holds no pairs out, and probes the reward and KL of fresh samples instead.
         return held_out_metrics(policy, held_out, config) | source.probe()
 
     if config.pairs:

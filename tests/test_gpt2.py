@@ -283,8 +283,8 @@ def test_an_exported_tokenizer_gives_our_ids(
 
 
 def test_words_end_where_ours_do(transformers, tmp_path, run):
-    """Merges over the border of a word happen only where it is none. To the regular expressions of
-    transformers ² and ½ belong to words, and the joiners of emoji do not; to tiktoken's, inversely.
+    """Letters merge within words only. To the regular expressions of transformers ² and ½ belong to
+    words, and the joiners of emoji do not; to tiktoken's it is the other way round.
     """
     odd = ["²", "³", "¹", "¼", "½", "¾", "\u200c", "\u200d", *"ⅧⒶ_é漢٣!-\u00ad\u0301"]
     tokens = dict.fromkeys(bytes([i]).decode("latin-1") for i in range(256))

@@ -122,7 +122,7 @@ def test_mistakes_end_in_one_line(run, models, tmp_path):
         run(" ")
     other = data.build_tokenizer([chr(byte) for byte in range(256)])
     gpt.save(tmp_path / "dpo.pt", models[0], tokenizer=data.tokenizer_state(other))
-    with pytest.raises(SystemExit, match="two tokenizers differ"):
+    with pytest.raises(SystemExit, match="the two models have different tokenizers"):
         run(QUESTION)
     with pytest.raises(SystemExit, match="--likeliest is for the village's questions"):
         run("Hi?", "--likeliest", f"--policy={tmp_path}/sft.pt")
