@@ -26,7 +26,8 @@ def spread(values, style):
 
 
 def table(head, rows):
-    return ["| " + " | ".join(row) + " |" for row in [head, ["---"] * len(head), *rows]]
+    lines = ["| " + " | ".join(row) + " |" for row in [head, *rows]]
+    return [lines[0], "|" + "---|" * len(head), *lines[1:]]
 
 
 def runs_of(study, name):
@@ -88,7 +89,7 @@ def online():
 
 
 def family():
-    head = "method labels seconds E[r] KL garbled optimality seeds".split()
+    head = ["method", "labels", "seconds", "E[r]", "KL", "garbled", "optimality (seeds)"]
     rows = []
     for name, (title, *_) in compare.METHODS.items():
         if (reports := runs_of("village", name)) and not name.startswith(("online", "ai_")):
@@ -97,7 +98,7 @@ def family():
                 f"{min(report['seconds'] for report in reports):.0f}",
                 mean_of_policies(reports, "reward", ".2f"), mean_of_policies(reports, "kl", ".2f"),
                 mean_of_policies(reports, "garbled", ".1%"),
-                of_policies(reports, "optimality", ".1%"), str(len(reports)),
+                f"{of_policies(reports, 'optimality', '.1%')} ({len(reports)})",
             ])  # fmt: skip
     return table(head, rows)
 
