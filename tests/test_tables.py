@@ -59,6 +59,14 @@ def test_the_gain_on_own_data_by_hand(folder):
     assert f"{row} 2.0 ± 0.0 |" in tables.own_data()
 
 
+def test_the_table_of_the_leaky_reference_by_hand(folder):
+    """Two seeds: their means, √(0.01² + 0.01²) / 2, and each of the two."""
+    for seed, optimality, garbled in ((0, 0.76, 0.04), (1, 0.80, 0.02)):
+        policy = {"optimality": optimality, "optimality_se": 0.01, "garbled": garbled}
+        results.keep("leaky", seed, "sft", "sppo", {"policy": policy})
+    assert "| SPPO's loss on the pairs | 3.0% | 78.0% (0.7%) | 76.0, 80.0 |" in tables.leaky()
+
+
 def test_the_table_of_rlhf_by_hand(folder):
     """DPO on two seeds, the others on one: fastest seconds, worst and best, no spread of one."""
     runs = {"dpo": [(0.9, 30.0), (0.8, 20.0)], "rlhf": [(0.7, 60.0)], "ppo_gt": [(0.95, 50.0)]}
