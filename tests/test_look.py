@@ -72,6 +72,14 @@ def test_the_sums_make_the_probability_of_eq_6(run, models, tokenizer):
     assert f"p(response 2 ≻ response 1) = {p:.3f}" in printed
 
 
+def test_beta_is_that_of_the_policys_run(run, tmp_path):
+    """Without a report 0.5; four times as much makes every r̂ four times as large."""
+    sums = [float(run(QUESTION, " Mara is a smith.").split("r̂ = ")[1].split(",")[0])]
+    (tmp_path / "dpo.json").write_text('{"config": {"beta": 2.0}}')
+    sums.append(float(run(QUESTION, " Mara is a smith.").split("r̂ = ")[1].split(",")[0]))
+    assert sums[1] == pytest.approx(4 * sums[0], abs=0.025)  # both are rounded to 0.01
+
+
 def test_without_responses_each_model_gives_one_and_any_prompt_will_do(run, models, tokenizer):
     printed = run(QUESTION)
     assert printed.count("r̂ = ") == 2

@@ -4,11 +4,13 @@
     python tools/look.py out "What is the job of Mara?" " Mara is a smith." " Who cares?"
     python tools/look.py out "What is the job of Mara?" --likeliest      the likeliest ten, compared
 
-OUT/sft.pt is the reference, OUT/dpo.pt the policy. Below each token stands its share of r̂, which is
-β (log π_θ − log π_ref). Blue counts for, orange against. Eq. 6 turns two r̂ into a probability.
+OUT/sft.pt is the reference, OUT/dpo.pt the policy. Below each token stands its share of r̂,
+β (log π_θ − log π_ref), with the β of the policy's run: blue counts for the response, orange
+against it. Eq. 6 turns two r̂ into a probability.
 """
 
 import argparse
+import json
 import sys
 from pathlib import Path
 
@@ -66,23 +68,21 @@ def likeliest(models, tokenizer, question, beta):
         print(f" {' '.join(p)}  {rewards[0, i]:+6g} {texts[i]}")
 
 
-def read_arguments():
+def main():
     parser = argparse.ArgumentParser(prog="look.py", allow_abbrev=False)
     parser.add_argument("out", help="a folder with sft.pt and dpo.pt")
     parser.add_argument("prompt")
     parser.add_argument("responses", nargs="*")
-    parser.add_argument("--reference", help="in place of OUT/sft.pt")
     parser.add_argument("--policy", help="in place of OUT/dpo.pt")
-    parser.add_argument("--beta", type=float, default=0.5)
+    parser.add_argument("--beta", type=float, help="in place of the policy's own")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--likeliest", action="store_true")
-    return parser.parse_args()
-
-
-def main():
-    options = read_arguments()
-    paths = options.policy or f"{options.out}/dpo.pt", options.reference or f"{options.out}/sft.pt"
+    options = parser.parse_args()
+    paths = options.policy or f"{options.out}/dpo.pt", f"{options.out}/sft.pt"
     (policy, tokenizer), (reference, other) = map(runs.load_checkpoint, paths)
+    report = Path(paths[0]).with_suffix(".json")
+    settings = json.loads(report.read_text())["config"] if report.exists() else {}
+    beta = options.beta or settings.get("beta", 0.5)
     models, prompt, responses = (policy, reference), options.prompt, options.responses
     titles = [f"response {number}" for number, _ in enumerate(responses, 1)]
     if not prompt.strip():
@@ -93,7 +93,7 @@ def main():
     if options.likeliest:
         if not is_village:
             raise SystemExit("--likeliest is for the village's questions: python lab/village.py")
-        return likeliest(models, tokenizer, prompt, options.beta)
+        return likeliest(models, tokenizer, prompt, beta)
     prompt, limit = as_learnt(policy, prompt)
     if not responses:
         ids = tokenizer.encode_ordinary(prompt)
@@ -104,7 +104,7 @@ def main():
             titles.append(f"a sample of the {name}")
     sums = []
     for title, text in zip(titles, responses):
-        words, values = shares(models, tokenizer, prompt, text, options.beta)
+        words, values = shares(models, tokenizer, prompt, text, beta)
         sums.append(values.sum())
         print(*paint(words, values.tolist(), sys.stdout.isatty()), sep="\n")
         true = f", true reward {village.reward(prompt, text):+g}" if is_village else ""
