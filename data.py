@@ -50,10 +50,10 @@ def train_tokenizer(text: str, vocab_size: int) -> tiktoken.Encoding:
     with tqdm(total=vocab_size, initial=256, desc="tokens", leave=False, disable=None) as bar:
         while len(tokens) < vocab_size:
             most = max(totals.values(), default=0)
-            if not most:  # each word of several letters gives at least one merge
-                enough = 256 + sum(len(word.encode()) > 1 for word in words)
-                few = f"the text has too few words for {vocab_size} tokens: {enough} would do"
-                raise ValueError(few)
+            if not most:  # nothing is left to merge
+                raise ValueError(
+                    f"the text has too few words for {vocab_size} tokens: {len(tokens)} would do"
+                )
             pair = min((p for p, total in totals.items() if total == most), key=first_met)
             for i in [*where[pair]]:
                 note(i, -1)
@@ -76,7 +76,7 @@ def join_pair(parts: list[bytes], pair: tuple[bytes, bytes]) -> list[bytes]:
 
 
 def build_tokenizer(tokens: list[str], pattern: str = PATTERN) -> tiktoken.Encoding:
-    """The tokenizer from its tokens by rank, bytes written as Latin-1: a checkpoint's form."""
+    """Tokens by rank, each byte as one Latin-1 character, as in a checkpoint -> the tokenizer."""
     ranks = {token.encode("latin-1"): rank for rank, token in enumerate(tokens)}
     return tiktoken.Encoding(
         "learnt", pat_str=pattern, mergeable_ranks=ranks, special_tokens={END: len(ranks)}
@@ -84,7 +84,7 @@ def build_tokenizer(tokens: list[str], pattern: str = PATTERN) -> tiktoken.Encod
 
 
 def tokenizer_state(tokenizer: tiktoken.Encoding) -> dict:
-    """What build_tokenizer() takes, by name."""
+    """The arguments of build_tokenizer(), by name."""
     tokens = [tokenizer.decode_single_token_bytes(i) for i in range(tokenizer.eot_token)]
     return {"tokens": [t.decode("latin-1") for t in tokens], "pattern": tokenizer._pat_str}
 
@@ -104,7 +104,7 @@ ROLES = {"system": "System", "user": "User", "assistant": "Assistant"}
 
 
 def apply_template(messages: list[dict], *answers: str) -> tuple[str, ...]:
-    """The one way from a conversation to texts -> its prompt, and answers as responses to it.
+    """A conversation, and answers to it -> its prompt, and the answers as responses.
 
     [{"role": "system", "content": "Be kind."}, {"role": "user", "content": "Who is Ada?"}], "Ada."
     -> "System: Be kind.\n\nUser: Who is Ada?\n\nAssistant:", " Ada."
@@ -143,7 +143,7 @@ def collate(examples: list[tuple[list, list]], device="cpu") -> tuple[torch.Tens
 
 
 def batches(count: int, batch_size: int, seed: int) -> Iterator[list[int]]:
-    """For each step, without end, which of `count` examples it sees: batch_size of them.
+    """Yields for each step, without end, the indices of its batch_size of `count` examples.
 
     Every epoch has a new order, and its last batch has what is left, which may be fewer.
     """

@@ -14,7 +14,8 @@ Every function takes tensors, never a model: what is here can be checked with pe
     prompt, chosen, rejected           x, y_w, y_l  a question, the preferred response, the other
     policy, reference                  π_θ, π_ref   the model being trained; the frozen SFT model
     beta                               β            what a nat of KL to the reference costs in Eq. 3
-    *_logps                            log π(y|x)   summed over the response's tokens, in nats
+    *_logps                            log π(y|x)   in nats, summed over the response's tokens
+                                                    (but token_logps: of each token)
     chosen_rewards, rejected_rewards   r̂            β log(π_θ/π_ref): Eq. 5 without β log Z(x)
     margins                            r̂_w − r̂_l    what the sigmoid of Eq. 7 sees
 """
@@ -70,7 +71,8 @@ def dpo_loss(
 
 
 def preference_probability(rewards: Tensor, other_rewards: Tensor) -> Tensor:
-    """Eq. 1, Bradley-Terry: p(y ≻ y' | x) from two rewards; from implicit ones it is Eq. 6."""
+    """Eq. 1, Bradley-Terry: p(y ≻ y' | x) from rewards, of shapes that broadcast. From implicit
+    rewards it is Eq. 6."""
     return torch.sigmoid(rewards - other_rewards)
 
 

@@ -4,7 +4,7 @@ Shapes, here and in every file:
     B batch    T tokens of a sequence    C n_embd    H n_head    D = C / H    V vocab_size
 
 There is no dropout. DPO compares log π_θ(y|x) with log π_ref(y|x), which must differ by what was
-learnt and by nothing else: noise in either is noise in the margin, and would hide ln 2 at step 0.
+learnt and by nothing else. Noise in either is noise in the margin, and loss 0 would not be ln 2.
 """
 
 import os
@@ -83,7 +83,8 @@ class GPT(nn.Module):
     def hidden(self, ids, positions=None, mask=None, caches=None):
         """The states before the last projection: ids (B, T) -> (B, T, C).
 
-        Without a mask, token t sees tokens 0..t. The other arguments are generate()'s.
+        Without a mask, token t sees tokens 0..t. The other arguments are generate()'s. Raises
+        ValueError where T exceeds the block size.
         """
         if positions is None:
             positions = torch.arange(ids.shape[1], device=ids.device)
@@ -141,7 +142,7 @@ class GPT(nn.Module):
             alive = ids[:, 0] != end
             if not alive.any():
                 break
-            if 2 * alive.sum() <= len(rows):  # drop the finished ones: this copies the caches
+            if 2 * alive.sum() <= len(rows):  # seldom, since this copies the caches
                 rows, ids, real, positions = (t[alive] for t in (rows, ids, real, positions))
                 caches = [cache[:, alive] for cache in caches]
                 alive = alive[alive]
@@ -177,13 +178,14 @@ def save(path, model, **extra):
     state = {"config": asdict(model.config), "learnt": model.learnt, **extra}
     try:
         torch.save(state | {"weights": model.state_dict()}, f"{path}.tmp")
-    except RuntimeError as error:  # torch's writer has no better name for it
+    except RuntimeError as error:  # torch.save's name for a failed write
         raise OSError(f"cannot write {path}.tmp: is the disk full?") from error
     os.replace(f"{path}.tmp", path)
 
 
 def load(path, device="cpu"):
-    """-> (model in eval mode, the whole dict). Raises ValueError, which says what does not fit."""
+    """-> (model in eval mode, the whole dict). Raises OSError, or ValueError, which says what does
+    not fit."""
     try:
         state = dict(torch.load(path, map_location=device, weights_only=True))
     except (FileNotFoundError, PermissionError, IsADirectoryError):

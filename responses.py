@@ -15,10 +15,9 @@ def response_logps(model, examples) -> Tensor:
     order = sorted(range(len(examples)), key=lambda i: len(examples[i][0]))
     longest = len(examples[order[-1]][0])
     # A CPU is fastest with few at a time, and a GPU with many. Logits take most of the memory.
-    # Without a gradient they are freed before the next chunk's; with one they are kept, and
-    # --grad-accum saves memory.
-    rows, size = (32, 2**26) if device.type == "cpu" else (512, 2**28)
-    chunk = max(1, min(rows, size // (longest * vocab_size)))
+    # With a gradient those of all chunks are kept, so that --grad-accum saves memory.
+    rows, most_logits = (32, 2**26) if device.type == "cpu" else (512, 2**28)
+    chunk = max(1, min(rows, most_logits // (longest * vocab_size)))
     logps = []
     for start in range(0, len(order), chunk):
         ids, mask = data.collate([examples[i] for i in order[start : start + chunk]], device)

@@ -33,15 +33,15 @@ class Config(evaluate.Config):
     own: the default for your own pairs, where 0 means that it is computed from the file."""
 
     beta: float = flag(0.5, "β of Eq. 7, and of Eq. 3, by which the report judges the policy")
-    lr: float = flag(6e-3, "highest rate; your own data's falls with the responses' length", own=0)
+    lr: float = flag(6e-3, "highest rate; for your own data lower for longer responses", own=0)
     optimizer: str = flag("sgd", "adamw needs a far lower --lr", ("sgd", "adamw"), own="adamw")
     momentum: float = flag(0.9, "momentum of sgd", zero=True, below=1)
-    epochs: int = flag(1, "passes over the pairs; over your own as many as make 200 steps", own=0)
+    epochs: int = flag(1, "passes over the pairs; over your own 200 steps, or 20 passes", own=0)
     batch_size: int = flag(64, "pairs in each step", own=16)
     grad_accum: int = flag(1, "parts of a batch, each with its backward pass: takes less memory")
     num_pairs: int = flag(24_000, "pairs to sample in the village; with fewer, facts stay unlearnt")
     pairs: str = flag("", "your own preference file, in place of the village's pairs")
-    held_out: str = flag("", "file to measure on, in place of one in ten of those prompts")
+    held_out: str = flag("", "file to measure on, in place of a tenth of your own prompts")
     skip_bad: bool = flag(False, "leave out bad lines of these files, and count them")
     max_bad: float = flag(0.1, "share of the lines that may be bad with --skip-bad", below=1)
     resume: bool = flag(False, "go on from the last saved state of the same run")

@@ -30,7 +30,7 @@ class Config(flags.Config):
     sft: str = flag(
         "", "your own demonstrations to fine-tune on: prompts and completions, or messages"
     )
-    held_out: str = flag("", "file to measure on, in place of one in ten of those prompts")
+    held_out: str = flag("", "file to measure on, in place of a tenth of your own prompts")
     skip_bad: bool = flag(False, "leave out bad lines of these files, and count them")
     max_bad: float = flag(0.1, "share of the lines that may be bad with --skip-bad", below=1)
     resume: bool = flag(False, "go on from the last saved state of the same run")
@@ -40,18 +40,16 @@ class Config(flags.Config):
     n_head: int = flag(4, "attention heads")
     n_embd: int = flag(128, "width of the model")
     pretrain_steps: int = flag(
-        500, "steps of pretraining, on half as many rows as --batch-size", zero=True, own=0
+        500, "steps of pretraining, on half as many rows as --batch-size", own=0
     )
     pretrain_lr: float = flag(5e-3, "highest learning rate of pretraining")
     context: int = flag(64, "tokens of a pretraining row, about two stories")
-    steps: int = flag(
-        800, "steps of fine-tuning; after fewer, more answers are garbled", zero=True, own=0
-    )
+    steps: int = flag(800, "steps of fine-tuning; after fewer, more answers are garbled", own=0)
     max_epochs: int = flag(
         20, "passes of each training over your own data, where no steps are given"
     )
     lr: float = flag(
-        3e-3, "highest rate of fine-tuning; with --init it falls with the model's width", own=0
+        3e-3, "highest rate of fine-tuning; with --init the lower, the wider the model", own=0
     )
     batch_size: int = flag(64, "examples in each step of fine-tuning")
     grad_accum: int = flag(1, "parts of a batch, each with its backward pass: takes less memory")
@@ -159,8 +157,9 @@ def main():
     check_flags(config)
     device = runs.prepare(config)
     own = OwnFile(config.sft, "sft", config, config.held_out) if config.sft else None
+    corpus = ()
     if config.init:
-        corpus, (model, tokenizer) = (), runs.load_checkpoint(config.init, device, config.dtype)
+        model, tokenizer = runs.load_checkpoint(config.init, device, config.dtype)
     else:
         corpus, demos, tokenizer = read_corpus(config)
         shape = config.block_size, config.n_layer, config.n_head, config.n_embd
@@ -181,18 +180,17 @@ def main():
     pretraining, fine_tuning = runs.Run("pretrained", config), runs.Run("sft", config)
     start = {"data": (corpus, demos), "start": weight_sums(model)}
     pretraining.attach(model, tokenizer, make_optimizer(model, 0.1), **start)
-    # Weight decay would keep the model from being certain of anything, and it would write more
-    # garbled answers. Nothing harms DPO as much (docs/findings.md).
+    # Weight decay would keep the model unsure, and it would write more garbled answers, which
+    # harm DPO (docs/family.md).
     fine_tuning.attach(model, tokenizer, make_optimizer(model, 0), **start)
     trainings = [fine_tuning] if config.init else [pretraining, fine_tuning]
-    if runs.resume(*trainings) is pretraining:  # so it is if nothing is resumed
+    if runs.resume(*trainings) is pretraining:  # not with --init, nor if it had ended before
         rows, held_rows = (cut_rows(tokenizer, texts, config.context) for texts in corpus)
         batch_size = config.batch_size // 2 or 1
         steps, lr = config.pretrain_steps, config.pretrain_lr
         pretraining.finish(fit(pretraining, rows, held_rows, batch_size, steps, lr))
-    model.learnt = {"conversations": False, "answer_tokens": evaluate.Config.max_new_tokens}
-    if own:
-        model.learnt = own.learnt
+    of_village = {"conversations": False, "answer_tokens": evaluate.Config.max_new_tokens}
+    model.learnt = own.learnt if own else of_village
     found = fit(fine_tuning, examples, held_out, config.batch_size, config.steps, config.lr)
     fine_tuning.finish(found | ({"file": own.report} if own else {}))
     if not own:

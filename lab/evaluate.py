@@ -1,7 +1,7 @@
 """What a policy is worth: fresh samples, their true reward and KL, and the optimum beside them.
 
-Loss and accuracy are computed on pairs that the reference wrote; they cannot see what the policy
-says by itself. What is measured here can.
+Loss and accuracy are computed on pairs that the reference wrote. They do not show what the policy
+itself writes, and these measures do.
 """
 
 from dataclasses import dataclass
@@ -17,15 +17,15 @@ from responses import response_logps_no_grad, sample_responses
 
 @dataclass
 class Config(flags.Config):
-    """What every training has that starts from the fine-tuned model, and is measured against it."""
+    """The settings of all trainings that start from the fine-tuned model."""
 
     init: str = flag("", "checkpoint to start from, and to stay close to: OUT/sft.pt")
     beta: float = flag(0.5, "β of Eq. 3, by which all methods are judged", name="--eval-beta")
     max_new_tokens: int = flag(
-        24, "longest sample, in tokens; with your own data as 95 in 100 responses are", own=0
+        24, "longest sample, in tokens; with your own data 95 in 100 responses fit", own=0
     )
     eval_questions: int = flag(
-        120, "questions to measure on, of each held-out set; there are no more"
+        120, "questions to measure on from each held-out set, which may have fewer"
     )
     eval_samples: int = flag(20, "samples of the report for each of these questions")
 
@@ -45,7 +45,7 @@ def true_rewards(prompts, texts):
 
 
 def exact_distribution(model, tokenizer, questions):
-    """Every response of the grammar, and all other texts as one more: they score −3 alike.
+    """A column for each of the village's responses, and a last one for all garbled texts, at −3.
 
     -> log π(y|x) and true rewards, each (Q, N + 1) float64; a row's probabilities sum to one.
     """
@@ -68,14 +68,14 @@ def reward_parts(questions):
 
 
 def measure(policy, reference, tokenizer, questions, exact, config):
-    """Of {"reference", "policy", "optimum"}, by question, (Q,) each: true reward; KL; how often a
-    Bradley-Terry judge prefers a response to one of the reference's; share of garbled texts; their
-    part of the KL; parts of the reward. Then how far the optimum's objective moves if garbled texts
-    are left out of Z(x).
+    """-> (rows, shift). rows has "reference", "policy" and "optimum", each with columns (Q,): true
+    reward; KL; how often a Bradley-Terry judge prefers a response to one of the reference's; share
+    of garbled texts; their part of the KL; parts of the reward. shift is how far the optimum's
+    objective moves if garbled texts are left out of Z(x).
 
     The reference's and the optimum's are sums over all responses (Eq. 4), of which exact is the
-    reference's exact_distribution(); the policy's are means of config.eval_samples fresh samples a
-    question.
+    reference's exact_distribution(). The policy's are means of config.eval_samples fresh samples
+    per question.
     """
     ref_logps, rewards = exact
     best_logps, log_z = dpo.optimal_logps(ref_logps, rewards, config.beta)
@@ -95,11 +95,12 @@ def measure(policy, reference, tokenizer, questions, exact, config):
     others = garbled, garbled * log_ratios, *torch.tensor(said).T  # (Q * S,) each
     found = true_rewards(prompts, texts), log_ratios, *others
     scores, log_ratios, *others = (x.double().view(len(questions), -1) for x in found)  # (Q, S)
-    policy = [x.mean(dim=1) for x in (scores, log_ratios, p_win(scores), *others)]
-    rows = {"reference": sums(ref_logps), "policy": policy, "optimum": sums(best_logps)}
+    means = [x.mean(dim=1) for x in (scores, log_ratios, p_win(scores), *others)]
+    rows = {"reference": sums(ref_logps), "policy": means, "optimum": sums(best_logps)}
     return rows, config.beta * (log_z - log_z_listed).mean().item()
 
 
+# optimality: 0 is the reference's, 1 the optimum's.
 METRICS = ["reward", "kl", "objective", "optimality", "win_rate", "garbled", "kl/garbled"]
 METRICS += [f"reward/{part}" for part in village.PARTS]
 
@@ -126,7 +127,7 @@ def summarise(rows, beta, resamples=1000):
     """rows of measure() -> {row: {metric: mean, metric_se: error}}, bootstrapped over questions."""
     columns = [torch.stack(column) for column in zip(*rows.values())]  # (3, Q) each
 
-    def table(index):  # which questions, (..., Q) -> metric by row (6, 3, ...)
+    def table(index):  # which questions, (..., Q) -> metric by row (M, 3, ...)
         reward, kl, *others = (column[:, index].mean(-1) for column in columns)
         j = dpo.objective(reward, kl, beta)
         return torch.stack([reward, kl, j, (j - j[0]) / (j[2] - j[0]), *others])
@@ -141,7 +142,7 @@ def summarise(rows, beta, resamples=1000):
     return summary
 
 
-def print_table(title, summary, bracket):
+def print_table(title, summary, shift):
     print(f"\n{title:<20}E[reward]      KL(π‖π_ref)     J = E[r] − βKL     optimality")
     names = {"reference": "reference", "policy": "policy", "optimum": "optimum, Eq. 4"}
     for row, v in summary.items():
@@ -150,7 +151,7 @@ def print_table(title, summary, bracket):
             f"{v['kl_se']:.3f}   {v['objective']:6.3f} ± {v['objective_se']:.3f}   "
             f"{v['optimality']:7.1%} ± {v['optimality_se']:.1%}"
         )
-    print(f"± one standard error. Texts outside the grammar move the optimum's J by {bracket:.0e}.")
+    print(f"± one standard error. Garbled texts move the optimum's J by {shift:.0e}.")
     for row, v in summary.items():
         shares = ", ".join(f"{part} {v[f'reward/{part}']:+.2f}" for part in village.PARTS)
         lost = village.UNPARSED * v["garbled"]
@@ -172,7 +173,7 @@ def print_answers(policy, reference, tokenizer, prompts, config):
 
 @torch.no_grad()
 def share_true(model, tokenizer, questions):
-    """The share of village questions whose likeliest answer is true, whatever its manners."""
+    """The share of village questions whose likeliest answer is true, kind or not."""
     prompts = [tokenizer.encode_ordinary(question) for question in questions]
     replies = model.generate(prompts, tokenizer.eot_token, 24, temperature=0)
     texts = [tokenizer.decode(reply[:-1]) for reply in replies]

@@ -1,4 +1,4 @@
-"""What people bring, as it comes: texts to pretrain on, files of demonstrations or preferences.
+"""Reads what people bring: texts to pretrain on, files of demonstrations or preferences.
 
 A file has a JSON object on each line, or is a JSON array of objects; gzip is unpacked. It is opened
 once, so that it may be a pipe. Every object, a record, becomes a row:
@@ -78,7 +78,7 @@ def read_bytes(path: str) -> bytes:
 
 
 def read_records(path: str, wanted: str) -> list[tuple]:
-    """-> of every record where it stands, and a line's bytes or an array's element."""
+    """-> of each record (where it stands, a line's bytes or an array's element)."""
     content = read_bytes(path)
     try:
         whole = json.loads(content, object_pairs_hook=fields_once)
@@ -105,7 +105,7 @@ def fields_once(fields: list[tuple]) -> dict:
 
 
 def parse(line: bytes):
-    """What JSON makes of a line."""
+    """A line of JSON -> its value. Raises ValueError, which says what is wrong."""
     try:
         text = line.decode("utf-8-sig").strip()
         return json.loads(text, object_pairs_hook=fields_once)
@@ -181,7 +181,7 @@ def conversation_row(record: dict, fields: list[str]) -> tuple[str, ...]:
             raise ValueError(f'"{name}" ends with a turn of {listed(last)}, not of "assistant"')
     before = sides[0][:-1]
     if sides[-1][:-1] != before:
-        raise ValueError("the conversations part before their last turns")
+        raise ValueError("the conversations differ before their last turns")
     if before and not all(turn in before for turn in prompt):
         raise ValueError(f'"{fields[0]}" is a conversation that does not repeat "prompt"')
     turns = before or prompt
@@ -207,7 +207,7 @@ def split_texts(texts: list[str], fields: list[str]) -> tuple[str, ...]:
     if not end:
         raise ValueError('there is neither a "prompt" nor a word with which both texts begin')
     if len(ends) > 1 or end > len(common):
-        raise ValueError("the transcripts part before their last answers")
+        raise ValueError("the transcripts differ before their last answers")
     return common[:end], *(check_text(text[end:], name) for text, name in zip(texts, fields))
 
 

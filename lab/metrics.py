@@ -1,4 +1,4 @@
-"""Numbers of a run: means and their errors, the first loss, the best weights by them."""
+"""Means with their errors, the check of the first loss, and the best weights of a run."""
 
 import math
 
@@ -17,7 +17,7 @@ def check_first_loss(loss, expected, config):
 
     loss: of the policy's log-probabilities. expected: of the reference's own, put in their place.
     """
-    # They were computed in other batches, so their last digits differ; in bfloat16, their second.
+    # Other batches change the last digits of float32, and the second digit of bfloat16.
     tolerance = max(1, config.beta) * (1e-3 if config.dtype == "float32" else 5e-2)
     if not abs(loss - expected) <= tolerance * max(1, abs(expected)):
         raise SystemExit(f"the policy's first loss is {loss:.4f}, the reference's {expected:.4f}")
@@ -44,7 +44,7 @@ class Best:
     def __init__(self):
         self.step, self.loss, self.weights = 0, math.inf, {}
         self.start = {}  # what was measured before the first step
-        self.worse_since, self.patience = 0, math.inf  # how many measurements
+        self.worse_since, self.patience = 0, math.inf  # both count measurements
 
     def note(self, model, step, measured):
         """Keep the weights if their loss is the least so far."""
@@ -74,7 +74,7 @@ class Best:
         print(f"{name} keeps {said}")
 
     def report(self, steps, found):
-        """Show what was found of the kept weights -> it, and which weights these are."""
+        """Print what was measured of the kept weights -> it, and which weights these are."""
         if not self.weights:
             return found
         found = found if self.step else at_reference(found)

@@ -108,7 +108,7 @@ class OwnFile:
             seen = {first_turn(prompt) for prompt, *_ in train}
             both = sum(first_turn(prompt) in seen for prompt, *_ in held_out)
             if both:
-                print(f"{self.held_out.path}: the prompts of {both} are in {self.path}, too")
+                print(f"{self.held_out.path}: {both} begin with a first turn of {self.path}")
         else:
             train, held_out = hold_out(rows, self.path)
         self.report = self.counts() | {"trained": len(train), "held_out": len(held_out)}
@@ -140,7 +140,7 @@ class OwnFile:
         return {"read": self.count, "left_out": left_out}
 
     def remark(self, rows):
-        """Print what is odd about many rows, although it may be meant."""
+        """Print what looks odd in most rows, but may be intended."""
         texts = [(row[0], text) for row in rows for text in row[1:] if isinstance(text, str)]
         glued = [p[-12:] + t[:12] for p, t in texts if not p[-1].isspace() and not t[0].isspace()]
         if 2 * len(glued) > len(texts):
@@ -160,7 +160,7 @@ class OwnFile:
 
 def best_and_worst(rows, path):
     """(prompt, response, rating) -> (prompt, chosen, rejected): of each prompt the best against the
-    worst, the first among equals. A prompt with a single rating makes no pair."""
+    worst, of ties the first. A prompt with a single rating makes no pair."""
     by_prompt = {}
     for prompt, response, rating in rows:
         by_prompt.setdefault(prompt.strip(), []).append((prompt, response, rating))
@@ -192,8 +192,8 @@ def hold_out(rows, path):
     """-> (rows to train on, rows held out): about one prompt in ten, by a hash of its first turn.
 
     It depends on nothing else, neither on other rows nor on the seed, and is the same in
-    fine-tuning and DPO. Only of a file so small that fewer than two prompts would be held out,
-    those with the smallest hashes are.
+    fine-tuning and DPO. If that leaves too few prompts on either side, those with the smallest
+    hashes are held out.
     """
     turns = [first_turn(row[0]) for row in rows]
     if len({*turns}) == 1:  # all conversations begin alike
@@ -209,9 +209,7 @@ def hold_out(rows, path):
     if not least <= len(held) <= len(ranked) - least:
         held = {*ranked[: max(least, len(ranked) // 10)]}
         smallest = f"the {len(held)} with the smallest hashes are held out"
-        print(
-            f"{path}: of only {len(ranked)} prompts {smallest}, so that other rows would move that"
-        )
+        print(f"{path}: of only {len(ranked)} prompts {smallest}; other rows may change which")
     return tuple(
         [row for row, t in zip(rows, turns) if (t in held) == out] for out in (False, True)
     )

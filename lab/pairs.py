@@ -1,7 +1,7 @@
 """Where preference pairs come from: the village, or a file of somebody's own.
 
 Both have three methods: pairs(), the texts to train on and those held out; probe(), what fresh
-samples show on the way; report(), what they show in the end, beside what can be known of the best.
+samples show on the way; report(), what they show in the end, in the village beside the optimum.
 """
 
 import json
@@ -17,7 +17,7 @@ from lab.own import OwnFile
 from responses import sample_responses
 
 # By trial on the sets of experiments/own_data.py, one seed each.
-RATE_BY_TOKENS, OWN_STEPS = 7.5e-4, 200
+RATE_TIMES_TOKENS, OWN_STEPS = 7.5e-4, 200
 
 
 class Village:
@@ -36,15 +36,15 @@ class Village:
         what is held out are questions, which probe() and report() ask."""
         _, reference, tokenizer = self.models
         pairs = sample_pairs(reference, tokenizer, self.config, self.train)
-        if not self.config.resume:  # else they are there already, or the run is another one
+        if not self.config.resume:  # with it they are there, or resume() will refuse the run
             write_pairs(f"{self.config.out}/pairs.jsonl", pairs)
         limits = noise_limits(pairs)
-        print("the true reward itself, on these noisy labels:", runs.average([limits], limits))
+        print("the best possible on these noisy labels:", runs.average([limits], limits))
         self.limits = {"pairs": limits}
         return pairs, []
 
     def probe(self):
-        """What loss and accuracy do not show, on four fresh samples a held-out question."""
+        """What loss and accuracy do not show, from four fresh samples per held-out question."""
         prompts = 4 * self.held_out
         texts, log_ratios = evaluate.fresh_samples(*self.models, prompts, self.config)
         garbled = [text not in village.responses(p) for p, text in zip(prompts, texts)]
@@ -64,9 +64,9 @@ class Village:
     def measure(self, title, questions):
         _, reference, tokenizer = self.models
         exact = evaluate.exact_distribution(reference, tokenizer, questions)
-        rows, bracket = evaluate.measure(*self.models, questions, exact, self.config)
+        rows, shift = evaluate.measure(*self.models, questions, exact, self.config)
         summary = evaluate.summarise(rows, self.config.beta)
-        evaluate.print_table(title, summary, bracket)
+        evaluate.print_table(title, summary, shift)
         return summary
 
 
@@ -95,7 +95,7 @@ class OwnData:
         prompts = list(dict.fromkeys(prompt for prompt, *_ in self.texts[1]))
         longest = block_size - config.max_new_tokens
         short = [prompt for prompt in prompts if len(tokenizer.encode_ordinary(prompt)) <= longest]
-        print(f"{len(short)} of {len(prompts)} distinct held-out prompts leave room for so much")
+        print(f"{len(short)} of {len(prompts)} held-out prompts leave room for such a response")
         if not short:
             raise SystemExit("no held-out prompt has room for a response: lower --max-new-tokens")
         self.prompts = short[:480]  # as many samples as the village's probe() draws
@@ -105,7 +105,7 @@ class OwnData:
             print(f"the longer response is the chosen one in {share:.0%} of the pairs to train on")
 
     def settle(self, file):
-        """Choose the settings that were not given by what is in the file, and say so."""
+        """Compute the settings that no flag gave from the file, and print them."""
         config, count, tokens = self.config, len(self.texts[0]), file.mean_tokens
         config.lr = config.lr or own_rate(config, tokens)
         config.epochs = config.epochs or own_epochs(config, count)
@@ -153,12 +153,12 @@ def longer_wins(pairs):
 def own_rate(config, mean_tokens):
     """The learning rate where none is given: AdamW's, by the mean length of the responses.
 
-    log π(y|x) is a sum over tokens. A step moves each token's log-probability by about as much,
-    whatever the gradient's size, so that it moves the sum, and the KL, by their number.
+    log π(y|x) is a sum over tokens. Whatever the gradient, a step of AdamW moves each token's
+    log-probability by about as much, so it moves the sum, and the KL, in proportion to the length.
     """
     if config.optimizer != "adamw":
         raise SystemExit("--optimizer sgd has no default for your own data: give --lr, too")
-    return float(f"{RATE_BY_TOKENS / mean_tokens:.2g}")
+    return float(f"{RATE_TIMES_TOKENS / mean_tokens:.2g}")
 
 
 def own_epochs(config, count):

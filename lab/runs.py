@@ -17,8 +17,8 @@ from lab.metrics import Best, at_reference
 
 # What the bar and the screen show of a step, where a training has it; the log holds everything.
 SHOWN = "loss", "rewards/margins", "rewards/accuracies", "reward", "true_reward", "kl"
-# Flags that say where files lie or how a policy is measured. A run that differs in them only
-# computes the same, and --resume takes it up.
+# Flags that change no step, or only through the data or the start, which identity() also compares.
+# A run that differs in them otherwise computes the same, and --resume takes it up.
 NOT_COMPUTED = set(
     "out init device resume pairs held_out skip_bad max_bad corpus sft num_pairs "
     "max_new_tokens eval_questions eval_samples".split()
@@ -149,9 +149,7 @@ class Run:
                 for found in training:
                     yield found
                     if self.best.worse_since >= self.best.patience:
-                        self.bar.write(
-                            f"{self.name} stops here: the held-out loss has risen for long"
-                        )
+                        self.bar.write(f"{self.name} stops here: the held-out loss falls no more")
                         break
             except FloatingPointError as error:
                 raise FloatingPointError(f"after step {self.step}: {error}")

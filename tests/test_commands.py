@@ -193,6 +193,8 @@ def test_a_mistake_ends_the_run_in_one_line(monkeypatch, tmp_path, flags, messag
 @pytest.mark.parametrize(
     "flags, message",
     [
+        (["--steps=0"], "--steps must be positive, not 0"),
+        (["--pretrain-steps=0"], "--pretrain-steps must be positive, not 0"),
         (["--corpus=my.txt"], "give two of these, or none"),
         (["--sft=my.jsonl"], "give two of these, or none"),
         (["--init=a.pt"], "give two of these, or none"),

@@ -81,7 +81,7 @@ def test_measure_gives_a_policy_that_is_the_reference_its_exact_reward_and_no_kl
     question = village.split_questions()[1][0]
     config = SimpleNamespace(seed=1, max_new_tokens=24, eval_samples=4000, beta=0.5)
     exact = evaluate.exact_distribution(known, tokenizer, [question])
-    rows, bracket = evaluate.measure(known, known, tokenizer, [question], exact, config)
+    rows, shift = evaluate.measure(known, known, tokenizer, [question], exact, config)
     weights = known.weights[tuple(tokenizer.encode_ordinary(question))]
     rewards = torch.tensor([*village.responses(question).values(), -3.0], dtype=torch.float64)
     exact = (weights * rewards).sum()
@@ -95,7 +95,7 @@ def test_measure_gives_a_policy_that_is_the_reference_its_exact_reward_and_no_kl
     )
     # Without garbled texts Z(x) has the 648 listed responses alone.
     log_z = [(best[:k].sum() / weights.sum()).log().item() for k in (649, 648)]
-    assert bracket == pytest.approx(0.5 * (log_z[0] - log_z[1]), rel=1e-3) and bracket > 0
+    assert shift == pytest.approx(0.5 * (log_z[0] - log_z[1]), rel=1e-3) and shift > 0
 
 
 def test_measure_knows_another_policys_reward_and_kl(known, tokenizer):

@@ -138,8 +138,8 @@ def test_each_shape_of_demonstrations_becomes_the_row_that_it_should(tmp_path, r
         ({"chosen": "One", "rejected": "Two"}, 'neither a "prompt" nor a word with which both'),
         ({"chosen": "Q? ", "rejected": "Q? A"}, '"chosen" is empty'),
         ({"chosen": f"{LOUD} B{HUMAN} E", "rejected": f"{LOUD} C{HUMAN} E"},
-         "the transcripts part before their last answers"),
-        ({"chosen": f"{HUMAN} A{HUMAN} B", "rejected": f"{HUMAN} A"}, "the transcripts part"),
+         "the transcripts differ before their last answers"),
+        ({"chosen": f"{HUMAN} A{HUMAN} B", "rejected": f"{HUMAN} A"}, "the transcripts differ"),
         ({"prompt": "q", "completion": "a", "label": "1"}, '"label" is "1", neither true nor'),
         ({"prompt": "q", "completion": "a", "label": -1}, '"label" is -1, neither true nor false'),
         ({"prompt": "q", "response": "a", "rating": "5"}, '"rating" is "5", no finite number'),
@@ -174,7 +174,7 @@ def test_a_bad_line_is_named_and_stops_the_run(tmp_path, line, reason):
         (CHAT | {"chosen": [ANSWER | {"content": [1]}]}, '"chosen" has [1], which is no text'),
         (CHAT | {"chosen": [ANSWER | {"content": " "}]}, '"chosen" is empty'),
         (CHAT | {"chosen": [{"from": "x", "value": "A"}]}, 'turn of "chosen" has "from", "value"'),
-        (CHAT | {"chosen": [*EARLIER, USER, ANSWER]}, "part before their last turns"),
+        (CHAT | {"chosen": [*EARLIER, USER, ANSWER]}, "differ before their last turns"),
         (CHAT | {side: [EARLIER[0], CHAT[side][0]] for side in FIELDS},
          '"chosen" is a conversation that does not repeat "prompt"'),
         (CHAT | {"prompt": [USER, SYSTEM, USER]}, 'a turn of "system" may only be the first'),
@@ -351,7 +351,7 @@ def test_a_file_to_hold_out_takes_the_place_of_the_split(tmp_path, tokenizer, ca
     file = own_file(path, held_out=other)
     train, held_out = file.split(tokenizer, 64)
     assert len(train) == 30 and [row[0] for row in held_out] == [f"{i}? " for i in range(29, 34)]
-    assert f"{other}: the prompts of 1 are in {path}, too" in capsys.readouterr().out
+    assert f"{other}: 1 begin with a first turn of {path}" in capsys.readouterr().out
     assert file.report["held_out"] == 5 == file.report["held_out_file"]["read"]
     thumbs = write(tmp_path, [{"prompt": "q", "completion": "a", "label": True}], "thumbs.jsonl")
     assert "has pairs of texts, but" in refusal(own_file, path, "pairs", thumbs)

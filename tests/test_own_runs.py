@@ -93,7 +93,7 @@ def test_fine_tuning_counts_epochs_stops_and_keeps_its_best(own, monkeypatch, ca
     held_out = [f"--held-out={tmp_path}/other.jsonl", "--lr=0.05", "--max-epochs=10"]
     run_main(monkeypatch, train_sft, *sft_flags(own, tmp_path), *held_out)
     printed = capsys.readouterr().out
-    assert "sft stops here: the held-out loss has risen for long" in printed
+    assert "sft stops here: the held-out loss falls no more" in printed
     report, lines = (
         json.loads((tmp_path / "sft.json").read_text()),
         read_lines(tmp_path / "sft.jsonl"),
@@ -173,12 +173,12 @@ def test_the_report_of_own_pairs_says_what_was_used_and_how_sure_it_is(own, fini
 def test_the_rate_for_own_pairs_falls_with_the_length_of_the_responses(finished, tokenizer, own):
     """Twice the tokens, half the rate; " A smith." and " A friend." with the end of the text."""
     rates = [pairs.own_rate(train_dpo.Config(optimizer="adamw"), n) for n in (10, 20, 200)]
-    assert rates == pytest.approx([pairs.RATE_BY_TOKENS / n for n in (10, 20, 200)], rel=0.05)
+    assert rates == pytest.approx([pairs.RATE_TIMES_TOKENS / n for n in (10, 20, 200)], rel=0.05)
     model, state = gpt.load(finished / "sft.pt")
     tokenizer = data.build_tokenizer(**state["tokenizer"])
     lengths = [len(tokenizer.encode_ordinary(text)) + 1 for text in (" A smith.", " A friend.")]
     config = json.loads((finished / "dpo.json").read_text())["config"]
-    assert config["lr"] == pytest.approx(pairs.RATE_BY_TOKENS * 2 / sum(lengths), rel=0.05)
+    assert config["lr"] == pytest.approx(pairs.RATE_TIMES_TOKENS * 2 / sum(lengths), rel=0.05)
     assert config["max_new_tokens"] == max(lengths)
     message = refusal(pairs.own_rate, train_dpo.Config(optimizer="sgd"), 10)
     assert message == "--optimizer sgd has no default for your own data: give --lr, too"

@@ -544,7 +544,7 @@ def test_mismatched_examples_by_hand():
     # A neighbour of the same prompt is passed over.
     same = [([1, 7], [False, True]), ([1, 8], [False, True]), ([2, 9], [False, True])]
     assert [ids for ids, _ in kto.mismatch(same)] == [[1, 9], [1, 9], [2, 7]]
-    with pytest.raises(SystemExit, match="KTO needs two prompts"):
+    with pytest.raises(SystemExit, match="KTO needs two different prompts"):
         kto.mismatch(same[:2])
 
 

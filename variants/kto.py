@@ -37,13 +37,13 @@ class Thumbs:
 
 
 def mismatch(examples):
-    """Each prompt with the response of the next example, the last's being the first, that has
-    another prompt."""
+    """Each prompt with the response of the next example, round in a circle, that has another
+    prompt."""
     prompts = [[i for i, scored in zip(*example) if not scored] for example in examples]
     responses = [[i for i, scored in zip(*example) if scored] for example in examples]
     other = next((i for i, prompt in enumerate(prompts) if prompt != prompts[0]), None)
     if examples and other is None:
-        raise SystemExit("KTO needs two prompts to train on and two held out, of one in ten")
+        raise SystemExit("KTO needs two different prompts to train on, and two held out")
     mismatched, following = [], 0
     for i in reversed(range(len(prompts))):
         if prompts[following] != prompts[i]:
@@ -54,7 +54,8 @@ def mismatch(examples):
 
 
 def add_reference_logps(reference, tokenizer, rows):
-    """(prompt, completion, liked) rows, or pairs, each of which is a thumb up and one down."""
+    """(prompt, completion, liked) rows, or pairs, each of which is a thumb up and one down
+    -> Thumbs."""
     if rows and not isinstance(rows[0][2], bool):
         up = [(prompt, chosen, True) for prompt, chosen, _ in rows]
         rows = up + [(prompt, rejected, False) for prompt, _, rejected in rows]
@@ -67,7 +68,7 @@ def add_reference_logps(reference, tokenizer, rows):
 
 
 def losses_and_metrics(policy_logps, policy_mismatched_logps, batch, config):
-    """Losses (B,) and what is logged: rewards by config.beta, as everywhere, not by loss_beta."""
+    """Losses (B,) and what is logged: rewards less z, by config.beta and not by loss_beta."""
     z_ref = kto_reference_point(policy_mismatched_logps, batch.ref_mismatched_logps)
     losses = kto_loss(policy_logps, batch.ref_logps, batch.liked, z_ref, config.loss_beta)
     rewards = config.beta * (policy_logps - batch.ref_logps - z_ref).detach()
@@ -112,7 +113,7 @@ def held_out_metrics(policy, thumbs, config):
 
 @torch.no_grad()
 def check_start(policy, thumbs, config):
-    """Where policy and reference are one, all that matters is 0, and the loss is ½."""
+    """Policy and reference start equal, so each log-ratio and z are 0, and the loss is ½."""
     batch = thumbs.take(range(min(config.batch_size, len(thumbs))))
     logps = response_logps(policy, batch.examples + batch.mismatched).chunk(2)
     ref_logps = batch.ref_logps, batch.ref_mismatched_logps

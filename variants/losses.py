@@ -1,7 +1,6 @@
 """DPO's family, side by side: what changes when one thing about Eq. 7 changes.
 
     s = log π_θ − log π_ref of a response     Δ = s_w − s_l, so that Eq. 7 is −log σ(βΔ)
-    l = log π_θ, a sum over tokens            l̄ = l / length, a mean: only where it says so
 
 All take log-probabilities (B,) and return losses (B,), without reduction. The losses of pairs share
 dpo_loss's arguments. `python variants/train_variant.py --loss NAME` trains with any of them.
@@ -103,8 +102,8 @@ def dpop_loss(
 ):  # fmt: skip
     """DPOP (DPO-Positive): Pal et al. 2024, arXiv:2402.13228, Eq. 3.
 
-    DPO that makes a chosen response pay, λ-fold, for every nat that it has fallen: under the
-    reference's probability of it the gradient holds it up before it pushes the rejected one down.
+    DPO that takes λ from the margin for every nat by which the chosen response is less likely than
+    under the reference: there the gradient raises it 1 + λ times as hard as it lowers the rejected.
     """
     fallen = F.relu(ref_chosen_logps - policy_chosen_logps)
     losses, _, _ = dpo_loss(
@@ -158,8 +157,8 @@ def kto_reference_point(policy_logps: Tensor, ref_logps: Tensor) -> Tensor:
 def kto_loss(policy_logps, ref_logps, desirable, z_ref, beta, lambda_d=1.0, lambda_u=1.0):
     """KTO: Ethayarajh et al. 2024, arXiv:2402.01306, Eq. 8 (7 in an early version, as in TRL).
 
-    Binary feedback, desirable (B,) bool, on single responses in place of pairs: a response is worth
-    its s above what the policy gains on anything, z_ref () from kto_reference_point().
+    Binary feedback, desirable (B,) bool, on single responses in place of pairs. A response's value
+    grows as its s exceeds the policy's usual one, z_ref () from kto_reference_point().
     """
     above = beta * (policy_logps - ref_logps - z_ref.detach())
     value_desirable = lambda_d - lambda_d * torch.sigmoid(above)
@@ -194,7 +193,7 @@ def clipped_loss(logps: Tensor, old_logps: Tensor, advantages: Tensor, clip: flo
 
     Log-probabilities of single tokens, all of one shape -> losses of that shape. This is no
     preference loss: responses are the policy's own, and an advantage says how good each token was.
-    The clip takes away the reward for leaving, in one batch, the policy that wrote it.
+    The clip ends the gain from moving far, within a batch, from the policy that wrote it.
     """
     ratio = (logps - old_logps).exp()
     return -torch.minimum(ratio * advantages, ratio.clamp(1 - clip, 1 + clip) * advantages)

@@ -66,7 +66,8 @@ def train_reward_model(reference, tokenizer, pairs, config):
 
 
 def learned_reward(reward_model, tokenizer):
-    """-> reward(prompts, texts) as train_ppo() and train_rounds() want it."""
+    """-> reward(prompts, texts) as train_ppo() and train_rounds() want it. A response that was cut
+    off, None, gets the village's −3."""
 
     def reward(prompts, texts):
         examples = [data.encode(tokenizer, p, text or "") for p, text in zip(prompts, texts)]

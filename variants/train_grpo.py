@@ -7,13 +7,13 @@ to a question are ranked against each other: advantage = (reward − group mean)
 Departures: the reward is the village's own; the std is the sample's, plus 1e-4 against 0/0.
 
 Where the published loss comes to rest is not Eq. 4's optimum, for three reasons.
-  std      dividing r by the question's std σ(x) makes β σ(x) of β: a question on which all samples
-           are nearly alike is pushed as hard as one where they differ (arXiv:2503.20783, §3.1).
+  std      dividing r by the question's std σ(x) turns β into β σ(x): a question whose samples are
+           nearly alike is pushed as hard as one where they differ (arXiv:2503.20783, §3.1).
   length   the mean over tokens gives short responses larger steps, for better and for worse.
   k3       the KL estimator exp(d) − d − 1, d = log π_ref/π_θ, has the right value, but its gradient
            under the policy's samples is that of KL(π_ref‖π_θ), the other direction. Then
-           π(y|x) = β σ π_ref(y|x) / (λ(x) − r(x, y)) maximises, a hyperbola, not an exponential
-           (for responses of one token; of several, token by token).
+           π(y|x) = β σ π_ref(y|x) / (λ(x) − r(x, y)) is the best policy, where λ(x) makes it sum to
+           one: a hyperbola, not an exponential (of responses of several tokens, token by token).
 --no-std does without all three: only the mean is subtracted, the loss is a sum over tokens, and
 −β log π_θ/π_ref is part of the reward. Writes out/grpo.pt, .jsonl and .json (grpo_no_std.*).
 """
@@ -44,7 +44,7 @@ class Config(evaluate.Config):
     questions: int = flag(64, "questions in each step")
     group: int = flag(8, "responses to each question")
     minibatches: int = flag(2, "parts of a step's samples, one update for each")
-    clip: float = flag(0.2, "how far a token's probability may move for its advantage")
+    clip: float = flag(0.2, "clip range of a token's probability ratio, around 1")
     lr: float = flag(6e-4, "the highest learning rate, of AdamW")
 
 

@@ -5,7 +5,7 @@
 
 Each round samples two responses to a prompt from the policy as it is, has them labelled, and takes
 one pass over these pairs: a garbled text that it has begun to write turns up in them and loses.
-This is iterative DPO (Xiong et al. 2023, arXiv:2312.11456), and with one step a round online DPO
+This is iterative DPO (Xiong et al. 2023, arXiv:2312.11456), and with one step per round online DPO
 (Guo et al. 2024, arXiv:2402.04792). One schedule of the learning rate spans all rounds.
 
 --judge pretrained reads no true reward: it prefers the response that keeps two principles better,
@@ -92,8 +92,8 @@ def count_steps(config):
 
 
 def train_rounds(models, optimizer, config, questions, judge, start=0):
-    """Take all rounds but those of the first `start` steps. Yields the metrics of each step, and of
-    its round's pairs what a judge that knew all could reach."""
+    """Take all rounds but those of the first `start` steps. Yields the metrics of each step, with
+    the noise_limits() of its round's pairs."""
     policy, reference, tokenizer = models
     steps = count_steps(config)
     rates = data.learning_rates(config.lr, config.rounds * steps)

@@ -7,8 +7,8 @@ PPO is Schulman et al. 2017, arXiv:1707.06347, with advantages by GAE, arXiv:150
 costs β log π_θ/π_ref and the last one earns the reward of the whole text, as in arXiv:1909.08593.
 Departures from usual code, to stay with Eq. 3: losses are sums over a response's tokens, advantages
 are not whitened, there is no discount, and the value loss is not clipped. The reward model sums its
-head over the response's tokens (docs/family.md). A response that was cut off earns the least there
-is. The value head shares the policy's trunk, and trains it too. --dtype is the reference's alone.
+head over the response's tokens (docs/family.md). A response that was cut off earns −3. The value
+head also trains the policy's trunk. In PPO's steps --dtype is for the reference only.
 Writes out/rlhf.pt, .jsonl and .json (ppo_gt.* with --true-reward).
 """
 
@@ -43,7 +43,7 @@ class Config(evaluate.Config):
     steps: int = flag(60, "steps of PPO, each on fresh samples")
     samples: int = flag(512, "samples in each step")
     minibatches: int = flag(2, "parts of a step's samples, one update for each")
-    clip: float = flag(0.2, "how far a token's probability may move for its advantage")
+    clip: float = flag(0.2, "clip range of a token's probability ratio, around 1")
     gae_lambda: float = flag(0.95, "λ of GAE: how far ahead an advantage looks")
     value_weight: float = flag(0.1, "weight of the value head's squared error")
     lr: float = flag(3e-4, "learning rate of the policy, by AdamW")
@@ -64,8 +64,8 @@ def gae(rewards, values, gae_lambda):
 
 
 def token_rewards(scores, log_ratios, mask, kl_beta):
-    """scores (B,), log π_θ/π_ref of each token and mask (B, T) -> (B, T)."""
-    last = mask & (mask.flip(1).cumsum(dim=1).flip(1) == 1)
+    """scores (B,), log π_θ/π_ref of each token and mask (B, T) -> each token's reward (B, T)."""
+    last = mask & (mask.flip(1).cumsum(dim=1).flip(1) == 1)  # the last scored token
     return -kl_beta * log_ratios + last * scores[:, None]
 
 

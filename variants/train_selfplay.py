@@ -11,8 +11,8 @@ arXiv:2401.04056). --judge model: round 1's labels train a reward model, which l
 SPIN: demonstrations, all kind and true, are preferred to the policy's own samples by DPO's loss. It
 comes to rest at the demonstrations' distribution, not at Eq. 4's optimum.
 
-The reference moves, so that the number of rounds, and no β, bounds the way from the SFT model, to
-which the KL is reported. Departure: each round draws its prompts from all questions.
+The reference moves, so only the number of rounds limits how far the policy goes from the SFT model.
+The KL is to that model. Departure: each round draws its prompts from all questions.
 Writes out/sppo_selfplay.pt, .jsonl and .json (spin.*, rlaif.*).
 """
 
@@ -44,7 +44,7 @@ class Config(evaluate.Config):
         "village", "who labels: the village, or a reward model after round 1", ("village", "model")
     )
     spin: bool = flag(False, "demonstrations in place of a judge")
-    rounds: int = flag(3, "rounds, each with the last one's policy as its reference")
+    rounds: int = flag(3, "rounds, each with the policy of the one before as its reference")
     questions: int = flag(2000, "questions in each round")
     group: int = flag(4, "responses to each; with --spin one, and one demonstration")
     loss_beta: float = flag(0.25, "SPPO's 1/η")
@@ -115,21 +115,21 @@ def train_rounds(models, config, questions, reward=evaluate.true_rewards):
         beta=beta, lr=lr, batch_size=config.batch_size, seed=config.seed, dtype=config.dtype
     )
     rng = random.Random(config.seed)
-    generator = torch.Generator().manual_seed(config.seed)
-    chances = torch.Generator(policy.wte.weight.device).manual_seed(config.seed)
+    label_rng = torch.Generator().manual_seed(config.seed)
+    sample_rng = torch.Generator(policy.wte.weight.device).manual_seed(config.seed)
     for number in range(1, config.rounds + 1):
         opponent = copy.deepcopy(policy).requires_grad_(False)  # this round's reference
         group = 1 if config.spin else config.group
         prompts = [q for q in rng.choices(questions, k=config.questions) for _ in range(group)]
         label = f"round {number}"
-        examples, texts = sample_responses(opponent, tokenizer, prompts, config, label, chances)
+        examples, texts = sample_responses(opponent, tokenizer, prompts, config, label, sample_rng)
         optimizer = train_dpo.make_optimizer(policy, round_config)
         if config.spin:
             pairs = spin_pairs(opponent, tokenizer, prompts, examples, rng)
             train_dpo.check_start(policy, pairs, round_config)
             steps = train_dpo.train(policy, optimizer, pairs, round_config)
         else:
-            wins = compare(reward(prompts, texts).view(-1, group), generator)
+            wins = compare(reward(prompts, texts).view(-1, group), label_rng)
             win_probs = wins.sum(dim=2).flatten() / (group - 1)
             ref_logps = response_logps_no_grad(opponent, examples)
             win_probs = win_probs.to(ref_logps.device)
@@ -145,7 +145,7 @@ def train_rounds(models, config, questions, reward=evaluate.true_rewards):
 
 @torch.no_grad()
 def check_start(policy, examples, ref_logps, win_probs, config):
-    """At the start of a round policy and reference are one, so their losses are."""
+    """At the start of a round policy and reference are equal, and so are their losses."""
     few = slice(config.batch_size)
     logps = response_logps(policy, examples[few]), ref_logps[few]
     losses = [sppo_loss(x, ref_logps[few], win_probs[few], config.beta).mean() for x in logps]

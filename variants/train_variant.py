@@ -46,7 +46,7 @@ LOSSES = {  # name: (function, paper on arXiv, flags that it reads and defaults,
     "sppo": (losses.sppo_pair_loss, "2405.00675", {"loss_beta": 0.04, "lr": 5e-5}),
 }  # fmt: skip
 HELP = {  # of the flags that are no flags of train_dpo.py
-    "loss_beta": "the loss's own coefficient, which its paper calls β",
+    "loss_beta": "the loss's own β, whatever its paper calls it",
     "label_smoothing": "share of the labels that are taken for flipped",
     "average": "means over tokens in place of sums, as in TRL",
     "alpha": "weight of the chosen response's SFT loss",
