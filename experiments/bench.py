@@ -231,7 +231,10 @@ def medians(rounds):
 def show(label, rounds):
     """The median of every figure."""
     figures = medians(rounds).items()
-    texts = (f"{name} {v:.0%}" if "share" in name else f"{name} {v:,.0f}" for name, v in figures)
+    styles = {
+        name: ".0%" if "share" in name else ",.1f" if v < 10 else ",.0f" for name, v in figures
+    }
+    texts = (f"{name} {v:{styles[name]}}" for name, v in figures)
     print(f"{label}: " + ", ".join(texts), flush=True)
 
 

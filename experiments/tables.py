@@ -200,7 +200,7 @@ def bench():
 
 def growth():
     """Speed and memory over a range of each size, all else at its default."""
-    columns = {"pairs/s": ",.0f", "share of peak in the loop": ".0%", "peak memory, MB": ",.0f"}
+    columns = {"pairs/s": ",.0f", "peak memory, MB": ",.0f"}
     runs, rows = results.read("bench")[0]["runs"], []
     for size in ("batch_size", "length", "n_embd", "pairs"):
         found = {name: runs[name]["figures"] for name in runs if name.startswith(f"{size} ")}
@@ -219,7 +219,7 @@ def gpt2():
         if name.startswith("GPT-2"):
             speed, memory = run["figures"].values()
             where = run["machine"].get("gpu", run["machine"]["cpu"])
-            rows.append([where, *name.split(", ")[1:], f"{speed:.1f}", f"{memory / 1024:.1f}"])
+            rows.append([where, *name.split(", ")[1:], f"{speed:.2g}", f"{memory / 1024:.1f}"])
     return table(["", "--dtype", "", "pairs/s in the loop", "peak memory, GB"], rows)
 
 
