@@ -219,7 +219,7 @@ def gpt2():
         if name.startswith("GPT-2"):
             speed, memory = run["figures"].values()
             where = run["machine"].get("gpu", run["machine"]["cpu"])
-            rows.append([where, *name.split(", ")[1:], f"{speed:.2g}", f"{memory / 1024:.1f}"])
+            rows.append([where, *name.split(", ")[1:], f"{speed:.3g}", f"{memory / 1024:.1f}"])
     return table(["", "--dtype", "", "pairs/s in the loop", "peak memory, GB"], rows)
 
 
