@@ -140,6 +140,18 @@ def test_labels_follow_bradley_terry(known, tokenizer):
         assert n > 300 and abs(sum(wins[gap]) / n - p) < 4 * math.sqrt(p * (1 - p) / n)
 
 
+def test_a_pair_is_two_samples_of_one_prompt(monkeypatch):
+    """Every sample names its prompt and its place; the judge always prefers the first."""
+    numbered = lambda *args: (None, [f"{prompt} {i}" for i, prompt in enumerate(args[2])])  # noqa: E731
+    monkeypatch.setattr("lab.pairs.sample_responses", numbered)
+    config = SimpleNamespace(seed=0, num_pairs=20)
+    judge = lambda prompts, firsts, seconds: torch.ones(len(prompts))  # noqa: E731
+    pairs = sample_pairs(None, None, config, ["a", "b", "c"], judge)
+    assert {prompt for prompt, _, _ in pairs} == {"a", "b", "c"} and len(pairs) == 20
+    for i, (prompt, chosen, rejected) in enumerate(pairs):
+        assert (chosen, rejected) == (f"{prompt} {2 * i}", f"{prompt} {2 * i + 1}")
+
+
 def test_noise_limits_by_hand():
     """One pair with equal rewards (a coin: ln 2, ½), one two apart (p = σ(2) = 0.88080)."""
     prompt, truth = "What does Mara do for work?", f" Mara is a {village.TRUTH['Mara', 'job']}."

@@ -109,6 +109,20 @@ def test_grpo_without_std_arrives_at_the_optimum_and_with_std_beta_is_another_on
     assert p[1, 5] < best[1, 5] - 0.03  # the best reply to "b"
 
 
+def test_published_grpo_is_blind_to_the_rewards_scale_and_the_policy_gradient_is_not(world):
+    """Ten times the rewards have ten times the std. At the first step there is no KL yet."""
+    reference, _ = world
+    for no_std, factor in ((False, 1), (True, 10)):
+        config = train_grpo.Config(no_std=no_std, questions=8, group=8, **TOY | {"steps": 1})
+        norms = []
+        for scale in (1, 10):
+            models = copy.deepcopy(reference).requires_grad_(True), reference, Letters()
+            reward = lambda prompts, texts, scale=scale: scale * worth(prompts, texts)  # noqa: E731
+            (metrics,) = train_grpo.train_on_groups(models, config, PROMPTS, reward)
+            norms.append(metrics["grad_norm"])
+        assert norms[1] / norms[0] == pytest.approx(factor, rel=1e-2)  # 1e-4 is added to the std
+
+
 def test_ppo_on_the_true_reward_arrives_at_the_optimum(world):
     config = train_rlhf.Config(true_reward=True, samples=512, lr=1e-2, **TOY)
     distance, _, metrics = fit(world, train_rlhf, config)
@@ -193,19 +207,19 @@ def test_sppos_metrics_by_hand():
 
 
 def test_ktos_metrics_by_hand():
-    """z = 1; s − z = 1 and ½ of the liked ones, −2 and 0.4 of the others; β is the evaluation's."""
+    """z = 1; s − z = 1 of the liked one, ½, −2 and 0.4 of the others; β is the evaluation's."""
     policy, ref = torch.tensor([-1.0, -1.5, -4, -1.6]), torch.tensor([-3.0, -3, -3, -3])
-    liked = torch.tensor([True, True, False, False])
+    liked = torch.tensor([True, False, False, False])
     batch = kto.Thumbs([], [], liked, ref, torch.tensor([-5.0, -6]))
     _, metrics = kto.losses_and_metrics(
         policy, torch.tensor([-4.0, -5]), batch, train_variant.config_of("kto")(loss_beta=0.3)
     )
     assert {name: value.item() for name, value in metrics.items()} == {
-        "rewards/chosen": pytest.approx(0.375),
-        "rewards/rejected": pytest.approx(-0.4),
-        "rewards/accuracies": pytest.approx(0.75),
+        "rewards/chosen": pytest.approx(0.5),
+        "rewards/rejected": pytest.approx(0.5 * (0.5 - 2 + 0.4) / 3),
+        "rewards/accuracies": pytest.approx(0.5),
         "kto/z_ref": pytest.approx(1),
-        "rewards/margins": pytest.approx(0.775),
+        "rewards/margins": pytest.approx(0.5 + 0.5 * 1.1 / 3),
     }
 
 
