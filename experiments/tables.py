@@ -266,10 +266,10 @@ def mutants():
     rows = []
     for file in results.read("mutants").values():
         found = file["runs"]["mutmut"]["figures"]
-        parts = {f"`{name}.py`": counts for name, counts in found.items() if "/" not in name}
+        parts = {f"{name}.py": counts for name, counts in found.items() if "/" not in name}
         for folder in ("lab", "variants"):
             names = [name for name in found if name.startswith(folder)]
-            parts[f"`{folder}/`"] = sum((Counter(found[name]) for name in names), Counter())
+            parts[f"{folder}/"] = sum((Counter(found[name]) for name in names), Counter())
         for part, counts in parts.items():
             noticed = counts.get("killed", 0) + counts.get("timeout", 0)
             cells = noticed, counts.get("survived", 0), counts.get("no tests", 0)

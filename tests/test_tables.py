@@ -46,7 +46,7 @@ def test_the_table_of_mutants_by_hand(folder):
     found |= {"lab/own": {"killed": 4, "survived": 1}}
     results.keep("mutants", 0, "", "mutmut", found)
     lines = tables.mutants()
-    assert "| `dpo.py` | 4 | 0 | 0 |" in lines and "| `lab/` | 6 | 1 | 5 |" in lines
+    assert "| dpo.py | 4 | 0 | 0 |" in lines and "| lab/ | 6 | 1 | 5 |" in lines
 
 
 def test_the_gain_on_own_data_by_hand(folder):
