@@ -94,13 +94,12 @@ def online():
 
 
 def family():
-    head = ["method", "labels", "seconds", "E[r]", "KL", "garbled", "optimality (seeds)"]
+    head = ["method", "labels", "E[r]", "KL", "garbled", "optimality (seeds)"]
     rows = []
     for name, (title, *_) in compare.METHODS.items():
         if (reports := runs_of("village", name)) and not name.startswith(("online", "ai_")):
             rows.append([
                 title, thousands(reports[0]["labels"]),
-                f"{min(report['seconds'] for report in reports):.0f}",
                 mean_of_policies(reports, "reward", ".2f"), mean_of_policies(reports, "kl", ".2f"),
                 mean_of_policies(reports, "garbled", ".1%"),
                 f"{of_policies(reports, 'optimality', '.1%')} ({len(reports)})",
