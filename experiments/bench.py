@@ -7,7 +7,7 @@
 
 Each figure has a process, and so a peak memory, of its own. Seconds are those from texts to the
 trained policy. Ours and theirs run in turn, three times: medians, and of --growth the fastest.
-The last three keep their figures in experiments/results/bench/.
+The last three keep their figures in experiments/results/, in bench, growth and gpt2.
 FLOPs of a response of T tokens, S of them scored, in L layers of width C, vocabulary V, forward:
     L (24 C² T + 2 C T²) + 2 C V S    (matrix products; attention is causal, so T²/2 count)
 and twice that backward. The peak is that of products of two 1024 x 1024 matrices. The model is
@@ -230,11 +230,10 @@ def medians(rounds):
 
 def show(label, rounds):
     """The median of every figure."""
-    figures = medians(rounds).items()
-    styles = {
-        name: ".0%" if "share" in name else ",.1f" if v < 10 else ",.0f" for name, v in figures
-    }
-    texts = (f"{name} {v:{styles[name]}}" for name, v in figures)
+    texts = []
+    for name, value in medians(rounds).items():
+        digits = 1 if value < 10 else 0
+        texts.append(f"{name} {value:.0%}" if "share" in name else f"{name} {value:,.{digits}f}")
     print(f"{label}: " + ", ".join(texts), flush=True)
 
 
@@ -260,7 +259,7 @@ def compare(setting, config):
                 f"({ratios[0]:.2f} to {ratios[-1]:.2f})",
                 flush=True,
             )
-        keep(size, kept)
+        keep("bench", size, kept)
 
 
 def grow(config):
@@ -280,7 +279,7 @@ def grow(config):
             rounds = [measure((time_dpo,), setting) for _ in range(config.rounds)]
             fastest = max(rounds, key=lambda figures: figures["pairs/s"])
             show(f"{name} {getattr(setting, name):,}", [fastest])
-            keep(f"{name} {getattr(setting, name)}", fastest)
+            keep("growth", f"{name} {getattr(setting, name)}", fastest)
 
 
 def run_gpt2():
@@ -294,11 +293,11 @@ def run_gpt2():
         figures = {name: figures[name] for name in ("pairs/s in the loop", "peak memory, MB")}
         name = f"GPT-2 on a {device}, {dtype}, --grad-accum {grad_accum}"
         show(name, [figures])
-        keep(name, figures)
+        keep("gpt2", name, figures)
 
 
-def keep(name, figures):
-    results.keep("bench", 0, "", name, figures, ("experiments/bench",))
+def keep(study, name, figures):
+    results.keep(study, 0, "", name, figures, ("experiments/bench",))
 
 
 def main():

@@ -15,7 +15,6 @@ import copy
 import json
 import math
 import random
-import re
 import subprocess
 import sys
 import time
@@ -306,18 +305,13 @@ def jobs_of(part):
 
 def main():
     config = flags.read_config(Config, "compare.py")
-    if not re.fullmatch(r"\d+(,\d+)*", config.seeds):
-        raise SystemExit(f"--seeds: numbers with commas between them, not {config.seeds}")
-    seeds = [int(seed) for seed in config.seeds.split(",")]
-    jobs = jobs_of(config.part)
+    seeds, jobs = results.read_seeds(config.seeds), jobs_of(config.part)
     if config.only:
         if unknown := {*config.only.split(",")} - {*jobs}:
             raise SystemExit(f"--only: no {', '.join(unknown)} among {', '.join(jobs)}")
         jobs = {job: jobs[job] for job in config.only.split(",")}
     for seed in seeds:
-        kept = results.read(config.study).get(seed, {"runs": {}})["runs"]
-        missing = [job for job in jobs if job not in kept or results.is_stale(kept[job])]
-        if missing:
+        if missing := results.missing(config.study, seed, jobs):
             ground = Ground(seed, config.out)
             results.read_file(config.study, seed, ground.sft)  # or refuse before any work
         else:

@@ -14,11 +14,9 @@ unequal      answers of one to eight sentences; the one that gives a reason is p
 faithful     the answer that keeps to the thing asked for is preferred; no word alone tells it
 """
 
-import itertools
 import json
 import math
 import random
-import re
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -219,25 +217,30 @@ def run(kind, seed, out, more):
     }
 
 
+def gain(figures):
+    """Held-out loss at the kept step, compared with a model that cannot tell the two apart."""
+    return figures["held-out/loss"] - math.log(2)
+
+
 def main():
     config = flags.read_config(Config, "own_data.py")
-    if not re.fullmatch(r"\d+(,\d+)*", config.seeds):
-        raise SystemExit(f"--seeds: numbers with commas between them, not {config.seeds}")
+    seeds = results.read_seeds(config.seeds)
     kinds, rates = (LENGTHS, RATES) if config.part == "rates" else (DEFAULTS, [""])
     kinds = config.kinds.split(",") if config.kinds else kinds
     if unknown := {*kinds} - {*KINDS}:
         raise SystemExit(f"--kinds: no {', '.join(unknown)} among {', '.join(KINDS)}")
-    for seed in map(int, config.seeds.split(",")):
-        for kind, rate in itertools.product(kinds, rates):
-            name = f"{kind} {rate}".strip()
-            kept = results.read("own_data").get(seed, {"runs": {}})["runs"]
-            if name in kept and not results.is_stale(kept[name]):
+    names = [f"{kind} {rate}".strip() for kind in kinds for rate in rates]
+    for seed in seeds:
+        missing = results.missing("own_data", seed, names)
+        for name in names:
+            if name not in missing:
                 print(f"{name}, seed {seed}: its figures are there")
                 continue
-            figures = run(kind, seed, config.out, rate.split())
+            kind, *more = name.split()
+            figures = run(kind, seed, config.out, more)
             results.keep("own_data", seed, "", name, figures, FILES)
-            loss, error = figures["held-out/loss"] - math.log(2), figures["held-out/loss_se"]
-            print(f"{name}, seed {seed}: held-out loss - ln 2 {loss:.3f} ± {error:.3f}")
+            found = f"{gain(figures):.3f} ± {figures['held-out/loss_se']:.3f}"
+            print(f"{name}, seed {seed}: held-out loss - ln 2 {found}")
 
 
 if __name__ == "__main__":

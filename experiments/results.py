@@ -10,6 +10,7 @@ import hashlib
 import json
 import os
 import platform
+import re
 import subprocess
 from functools import cache
 from pathlib import Path
@@ -101,6 +102,19 @@ def read_file(study, seed, sft):
             "compare.py another --study"
         )
     return file
+
+
+def missing(study, seed, names):
+    """Those of a seed's runs that are not kept, or are stale."""
+    kept = read(study).get(seed, {"runs": {}})["runs"]
+    return [name for name in names if name not in kept or is_stale(kept[name])]
+
+
+def read_seeds(text):
+    """What stands behind --seeds, "0,1,2" -> [0, 1, 2]."""
+    if not re.fullmatch(r"\d+(,\d+)*", text):
+        raise SystemExit(f"--seeds: numbers with commas between them, not {text}")
+    return [int(seed) for seed in text.split(",")]
 
 
 def keep(study, seed, sft, name, figures, more=()):

@@ -44,12 +44,15 @@ def mean_of_policies(reports, name, style):
     return f"{statistics.fmean(report['policy'][name] for report in reports):{style}}"
 
 
-def with_error(reports):
-    """Mean optimality, in brackets its standard error, without the spread over seeds."""
+def with_error(values, errors, style):
+    """Mean, in brackets its standard error, without the spread over seeds."""
+    return f"{statistics.fmean(values):{style}} ({math.hypot(*errors) / len(errors):{style}})"
+
+
+def optimality(reports):
     policies = [report["policy"] for report in reports]
-    mean = statistics.fmean(policy["optimality"] for policy in policies)
-    error = sum(policy["optimality_se"] ** 2 for policy in policies) ** 0.5 / len(policies)
-    return f"{mean:.1%} ({error:.1%})"
+    errors = [policy["optimality_se"] for policy in policies]
+    return with_error([policy["optimality"] for policy in policies], errors, ".1%")
 
 
 def each(reports):
@@ -136,7 +139,7 @@ def leaky():
         if reports := runs_of("leaky", name):
             garbled = mean_of_policies(reports, "garbled", ".1%")
             title = compare.METHODS[name][0]
-            rows.append([title, garbled, with_error(reports), each(reports)])
+            rows.append([title, garbled, optimality(reports), each(reports)])
     return table(["leaky reference", "garbled", "optimality", "each seed"], rows)
 
 
@@ -155,7 +158,7 @@ def noise():
     rows = []
     for name in ("dpo", "ipo", "cdpo", "robust"):
         found = [runs_of("village", f"{name}_flip_{share}") for share in compare.NOISE]
-        cells = [with_error(reports) if reports else "" for reports in found]
+        cells = [optimality(reports) if reports else "" for reports in found]
         rows.append([compare.METHODS[name][0], *cells])
     return table(["labels flipped", *(f"{share:.0%}" for share in compare.NOISE)], rows)
 
@@ -174,14 +177,13 @@ def rates():
             ]
             means += [mean_of_policies(reports, "garbled", ".1%")]
             means += [mean_of_policies(reports, n, ".2f") for n in ("reward", "kl")]
-            rows.append([" ".join(flags), *means, with_error(reports), each(reports)])
+            rows.append([" ".join(flags), *means, optimality(reports), each(reports)])
     return table(head, rows)
 
 
 def bench():
     """Speed and memory beside the peer's."""
     runs = results.read("bench")[0]["runs"]
-    runs = {name: run for name, run in runs.items() if "layers" in name}
     titles = {
         "pairs/s": "pairs per second, from texts to the trained policy",
         "pairs/s in the loop": "pairs per second in the loop alone",
@@ -200,7 +202,7 @@ def bench():
 def growth():
     """Speed and memory over a range of each size, all else at its default."""
     columns = {"pairs/s": ",.0f", "peak memory, MB": ",.0f"}
-    runs, rows = results.read("bench")[0]["runs"], []
+    runs, rows = results.read("growth")[0]["runs"], []
     for size in ("batch_size", "length", "n_embd", "pairs"):
         found = {name: runs[name]["figures"] for name in runs if name.startswith(f"{size} ")}
         values = ", ".join(f"{int(name.split()[1]):,}" for name in found)
@@ -214,17 +216,11 @@ def growth():
 def gpt2():
     """A step over four pairs of 512 tokens with GPT-2 124M."""
     rows = []
-    for name, run in results.read("bench")[0]["runs"].items():
-        if name.startswith("GPT-2"):
-            speed, memory = run["figures"].values()
-            where = run["machine"].get("gpu", run["machine"]["cpu"])
-            rows.append([where, *name.split(", ")[1:], f"{speed:.3g}", f"{memory / 1024:.1f}"])
+    for name, run in results.read("gpt2")[0]["runs"].items():
+        speed, memory = run["figures"].values()
+        where = run["machine"].get("gpu", run["machine"]["cpu"])
+        rows.append([where, *name.split(", ")[1:], f"{speed:.3g}", f"{memory / 1024:.1f}"])
     return table(["", "--dtype", "", "pairs/s in the loop", "peak memory, GB"], rows)
-
-
-def gain(figures):
-    """Held-out loss at the kept step, compared with a model that cannot tell the two apart."""
-    return figures["held-out/loss"] - math.log(2)
 
 
 def own_data():
@@ -236,10 +232,10 @@ def own_data():
     rows = []
     for kind in own.DEFAULTS:
         if runs := runs_of("own_data", kind):
-            error = sum(run["held-out/loss_se"] ** 2 for run in runs) ** 0.5 / len(runs)
+            errors = [run["held-out/loss_se"] for run in runs]
             rows.append([
                 kind, f"{statistics.fmean(run['tokens'] for run in runs):.0f}",
-                f"{statistics.fmean(map(gain, runs)):.3f} ({error:.3f})",
+                with_error([own.gain(run) for run in runs], errors, ".3f"),
                 spread([run.get("held-out/accuracy", 0.5) for run in runs], ".3f"),
                 spread([run["judge"] for run in runs], ".3f"),
                 spread([run["fresh/kl"] for run in runs], ".2f"),
@@ -255,24 +251,20 @@ def lengths():
         found = [runs_of("own_data", f"{kind} {rate}") for kind in own.LENGTHS]
         if all(found):
             head = [head[0], *(f"{run['tokens']:.0f} tokens" for run, *_ in found)]
-            cells = [f"{gain(run):.3f} ({run['kept']['step']})" for run, *_ in found]
+            cells = [f"{own.gain(run):.3f} ({run['kept']['step']})" for run, *_ in found]
             rows.append([rate, *cells])
     return table(head, rows)
 
 
 def mutants():
     """Changes of the code, one place at a time, and whether a test noticed."""
-    rows = []
-    for file in results.read("mutants").values():
-        found = file["runs"]["mutmut"]["figures"]
-        parts = {f"{name}.py": counts for name, counts in found.items() if "/" not in name}
-        for folder in ("lab", "variants"):
-            names = [name for name in found if name.startswith(folder)]
-            parts[f"{folder}/"] = sum((Counter(found[name]) for name in names), Counter())
-        for part, counts in parts.items():
-            noticed = counts.get("killed", 0) + counts.get("timeout", 0)
-            cells = noticed, counts.get("survived", 0), counts.get("no tests", 0)
-            rows.append([part, *map(str, cells)])
+    (found,), parts, rows = runs_of("mutants", "mutmut"), {}, []
+    for name, counts in found.items():
+        part = f"{name.split('/')[0]}/" if "/" in name else f"{name}.py"
+        parts[part] = parts.get(part, Counter()) + Counter(counts)
+    for part, counts in parts.items():
+        cells = counts["killed"] + counts["timeout"], counts["survived"], counts["no tests"]
+        rows.append([part, *map(str, cells)])
     return table(["", "noticed", "survived", "in no fast test"], rows)
 
 
