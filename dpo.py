@@ -57,9 +57,9 @@ def dpo_loss(
 
     Z(x) is a sum over all texts, which nobody can compute for a real model. It is the same for both
     responses to a prompt, so it cancels in the difference of their rewards. The gradient is
-    −β σ(r̂_l − r̂_w) (∇log π(y_w) − ∇log π(y_l)): it pushes log π(y_w) up and
+    −β σ(r̂_l − r̂_w) (∇log π(y_w) − ∇log π(y_l)): a step against it pushes log π(y_w) up and
     log π(y_l) down, most where the order of the two is wrong. Only their difference counts, and
-    both share the weights with each other and with all pairs, so that both may fall.
+    all responses share the weights, so that both may fall.
 
     Four log-probabilities (B,) -> (losses, chosen_rewards, rejected_rewards), each (B,): no mean is
     taken, and the rewards carry no gradient.

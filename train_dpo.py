@@ -66,8 +66,8 @@ class Pairs:
 
 
 def add_reference_logps(reference, tokenizer, texts):
-    """(prompt, chosen, rejected) texts -> Pairs. The reference never changes, so it reads each
-    response once, here, and not at every step."""
+    """(prompt, chosen, rejected) texts -> Pairs. The reference never changes, so its two numbers
+    per pair are computed once, here, and the loop needs the policy alone."""
     chosen = [data.encode(tokenizer, prompt, response) for prompt, response, _ in texts]
     rejected = [data.encode(tokenizer, prompt, response) for prompt, _, response in texts]
     ref_chosen_logps = response_logps_no_grad(reference, chosen)
