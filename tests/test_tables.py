@@ -5,6 +5,7 @@ import json
 import math
 
 import pytest
+from conftest import refusal
 
 from experiments import results, tables
 
@@ -88,8 +89,20 @@ def test_a_run_is_kept_and_is_stale_once_its_code_has_changed(folder, monkeypatc
     runs = results.read("village")[0]["runs"]
     assert runs["dpo"]["figures"] == FIGURES and runs["dpo"]["code"] != runs["ipo"]["code"]
     assert not any(map(results.is_stale, runs.values()))
+    names = ["dpo", "ipo", "kto"]
+    assert results.missing("village", 0, names) == ["kto"]
+    assert results.missing("village", 1, names) == names
     monkeypatch.setattr(results, "CORE", results.CORE[1:])
     assert all(map(results.is_stale, runs.values()))
+    assert results.missing("village", 0, names) == names
+
+
+def test_seeds_are_numbers_with_commas_between_them():
+    assert results.read_seeds("0,12") == [0, 12]
+    for text in ("", "x", "1,", "-1", "1 2"):
+        assert refusal(results.read_seeds, text) == (
+            f"--seeds: numbers with commas between them, not {text}"
+        )
 
 
 def test_the_hash_is_the_same_for_each_version_of_python():
